@@ -1,0 +1,87 @@
+"""Files and folders that appear under their final name whole, or not at all."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replace_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it into place if the body succeeds, delete it if not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replace_dir(path: Path, bytes_needed: int, stale: tuple[str, ...] = ()) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; make it `path` if the body succeeds, delete it if not.
+
+    Files that `path` holds already are carried over, but for those that the body wrote and those that match a glob
+    of `stale`.
+
+    Raises:
+        OSError: the disk has less than `bytes_needed` free. Nothing was written.
+        NotADirectoryError: `path` is a file.
+    """
+    path = path.absolute()
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{path} is a file: pass a folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(path.parent).free
+    if free < bytes_needed:
+        raise OSError(
+            f"saving to {path} needs {bytes_needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free: "
+            "free some space or choose another disk"
+        )
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+    try:
+        os.chmod(temporary, 0o777 & ~_umask())
+        yield temporary
+        if path.exists():
+            _carry_over(path, temporary, stale)
+        _swap(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _carry_over(old: Path, new: Path, stale: tuple[str, ...]) -> None:
+    for entry in old.iterdir():
+        if (new / entry.name).exists() or any(entry.match(pattern) for pattern in stale):
+            continue
+        if entry.is_dir():
+            shutil.copytree(entry, new / entry.name, symlinks=True)
+        else:
+            shutil.copy2(entry, new / entry.name, follow_symlinks=False)
+
+
+def _swap(new: Path, path: Path) -> None:
+    """Put `new` in the place of `path`; the old folder survives until the new one stands."""
+    if not path.exists():
+        os.rename(new, path)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent)) / path.name
+    os.rename(path, aside)
+    try:
+        os.rename(new, path)
+    except BaseException:
+        os.rename(aside, path)
+        raise
+    finally:
+        shutil.rmtree(aside.parent, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

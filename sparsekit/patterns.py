@@ -1,0 +1,169 @@
+"""Which zeros are legal.
+
+A pattern says, for a weight W [N, K] (out_features x in_features), which sets of kept entries are allowed. Patterns
+parse from and print to the words used in the API: "2:4", "64x64", "unstructured".
+"""
+
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsekit.registry import unknown
+
+
+class Pattern(ABC):
+    """The legal sets of kept entries of a weight [N, K]."""
+
+    @abstractmethod
+    def project(self, scores: Tensor, sparsity: float = 0.5) -> Tensor:
+        """Return the legal `keep` with the largest total score.
+
+        Args:
+            scores: [N, K], higher is kept first; ties go to the lower index.
+            sparsity: share of the entries to remove; `NM` fixes its own and takes no other.
+        Returns:
+            Boolean [N, K], True = kept.
+        """
+
+    @abstractmethod
+    def count_violations(self, keep: Tensor) -> int:
+        """Return how many units (groups, blocks) of `keep` [N, K] break the pattern."""
+
+    def fixed_sparsity(self) -> float | None:
+        """Return the sparsity that the pattern implies, or None where it is free to choose."""
+        return None
+
+
+@dataclass(frozen=True)
+class NM(Pattern):
+    """At most `n` kept in every `m` consecutive entries of a row (along in_features).
+
+    Where K is not a multiple of `m`, the last group of each row is shorter and may keep up to `n` as well.
+    """
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.n < self.m:
+            raise ValueError(f"pattern {self.n}:{self.m} keeps {self.n} of {self.m}: N:M needs 0 < N < M, as in '2:4'")
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    def fixed_sparsity(self) -> float:
+        return 1 - self.n / self.m
+
+    def project(self, scores: Tensor, sparsity: float | None = None) -> Tensor:
+        _check_scores(scores)
+        if sparsity is not None and sparsity not in (0.5, self.fixed_sparsity()):
+            raise ValueError(f"pattern {self} removes {self.fixed_sparsity():.3g} of the weights: sparsity={sparsity}")
+        N, K = scores.shape
+        groups = F.pad(scores.float(), (0, -K % self.m), value=-torch.inf).view(N, -1, self.m)
+        # A stable descending sort keeps the lower index first among equals.
+        order = groups.sort(dim=-1, descending=True, stable=True).indices[..., : self.n]
+        keep = torch.zeros(groups.shape, dtype=torch.bool, device=scores.device).scatter_(-1, order, True)
+        return keep.view(N, -1)[:, :K].contiguous()
+
+    def count_violations(self, keep: Tensor) -> int:
+        N, K = keep.shape
+        groups = F.pad(keep, (0, -K % self.m)).view(N, -1, self.m)
+        return int((groups.sum(-1, dtype=torch.int32) > self.n).sum())
+
+
+@dataclass(frozen=True)
+class Block(Pattern):
+    """Whole `rows` x `columns` tiles are kept or removed; tiles at the edges may be smaller."""
+
+    rows: int
+    columns: int
+
+    def __post_init__(self) -> None:
+        if self.rows < 1 or self.columns < 1:
+            raise ValueError(f"pattern {self}: both sides of a block must be at least 1, as in '64x64'")
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.columns}"
+
+    def project(self, scores: Tensor, sparsity: float = 0.5) -> Tensor:
+        _check_scores(scores)
+        check_sparsity(sparsity)
+        N, K = scores.shape
+        totals = self._tiles(scores.float()).sum(dim=(1, 3))
+        kept_tiles = _keep_largest(totals, sparsity)
+        return kept_tiles.repeat_interleave(self.rows, 0).repeat_interleave(self.columns, 1)[:N, :K].contiguous()
+
+    def count_violations(self, keep: Tensor) -> int:
+        counts = self._tiles(keep.int()).sum(dim=(1, 3))
+        sizes = self._tiles(torch.ones_like(keep, dtype=torch.int32)).sum(dim=(1, 3))
+        return int(((counts != 0) & (counts != sizes)).sum())
+
+    def _tiles(self, x_NK: Tensor) -> Tensor:
+        N, K = x_NK.shape
+        padded = F.pad(x_NK, (0, -K % self.columns, 0, -N % self.rows))
+        return padded.view(-(-N // self.rows), self.rows, -(-K // self.columns), self.columns)
+
+
+@dataclass(frozen=True)
+class Unstructured(Pattern):
+    """Any entry may be removed; the sparsity is met over the whole weight."""
+
+    def __str__(self) -> str:
+        return "unstructured"
+
+    def project(self, scores: Tensor, sparsity: float = 0.5) -> Tensor:
+        _check_scores(scores)
+        check_sparsity(sparsity)
+        return _keep_largest(scores, sparsity)
+
+    def count_violations(self, keep: Tensor) -> int:
+        return 0
+
+
+EXAMPLES = ["2:4", "1:4", "4:8", "64x64", "unstructured"]
+"""Patterns that messages offer; any N:M and any RxC parse."""
+
+
+def parse_pattern(pattern: str | Pattern) -> Pattern:
+    """Return the Pattern that a word means.
+
+    Raises:
+        ValueError: the word is none of "N:M", "RxC", "unstructured".
+    """
+    if isinstance(pattern, Pattern):
+        return pattern
+    if isinstance(pattern, str):
+        word = pattern.strip().lower()
+        if word == "unstructured":
+            return Unstructured()
+        if found := re.fullmatch(r"(\d+):(\d+)", word):
+            return NM(int(found[1]), int(found[2]))
+        if found := re.fullmatch(r"(\d+)x(\d+)", word):
+            return Block(int(found[1]), int(found[2]))
+    raise ValueError(unknown("pattern", pattern, EXAMPLES) + " Any N:M with 0 < N < M and any RxC block are patterns too.")
+
+
+def check_sparsity(sparsity: float) -> None:
+    """Raise ValueError unless 0 <= sparsity < 1."""
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity={sparsity} is not a share of weights to remove: use a number in [0, 1), as 0.5")
+
+
+def _keep_largest(scores: Tensor, sparsity: float) -> Tensor:
+    """Keep all but round(sparsity * numel) entries, the smallest ones; among equals the lower index stays."""
+    flat = scores.reshape(-1).float()
+    num_kept = flat.numel() - round(sparsity * flat.numel())
+    keep = torch.zeros(flat.shape, dtype=torch.bool, device=scores.device)
+    keep[flat.sort(descending=True, stable=True).indices[:num_kept]] = True
+    return keep.view(scores.shape)
+
+
+def _check_scores(scores: Tensor) -> None:
+    if scores.dim() != 2:
+        raise ValueError(f"scores must be a matrix [N, K], got shape {tuple(scores.shape)}")
+    if torch.isnan(scores).any():
+        raise ValueError("scores hold NaN, so there is no largest: mend the weights or the activations first")

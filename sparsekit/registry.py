@@ -1,0 +1,47 @@
+"""One table for each kind of part: methods, formats, backends, architectures."""
+
+import difflib
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """A name -> part table; duplicates raise, and an unknown name lists the known ones and the nearest.
+
+    Args:
+        kind: what the parts are, in the singular, for messages ("method", "backend").
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._parts: dict[str, T] = {}
+
+    def register(self, name: str, part: T) -> T:
+        if name in self._parts:
+            raise ValueError(f"{self.kind} {name!r} is registered already: choose another name")
+        self._parts[name] = part
+        return part
+
+    def get(self, name: str) -> T:
+        if name not in self._parts:
+            raise ValueError(unknown(self.kind, name, list(self._parts)))
+        return self._parts[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._parts
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def items(self) -> list[tuple[str, T]]:
+        return list(self._parts.items())
+
+
+def unknown(kind: str, name: object, known: list[str]) -> str:
+    """Return the message for a name that is not in `known`, with the nearest one where there is one."""
+    near = difflib.get_close_matches(str(name).lower(), [k.lower() for k in known], n=1, cutoff=0.5)
+    nearest = next((k for k in known if near and k.lower() == near[0]), None)
+    hint = f" Did you mean {nearest!r}?" if nearest else ""
+    return f"unknown {kind} {name!r}: known are {', '.join(map(repr, sorted(known)))}.{hint}"
