@@ -1,0 +1,92 @@
+"""What a person reads at the end, and what a program reads from `--json`: one table, headline numbers, and notes."""
+
+import io
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sparsekit.files import replace_file
+
+
+@dataclass
+class Report:
+    """A table with a summary above it and notes below.
+
+    Attributes:
+        title: one line.
+        rows: one dict a row; columns appear in the order in which keys are first seen.
+        summary: headline name -> value.
+        notes: sentences the reader must not miss, as what fell back and why.
+        ok: False when something that was promised does not hold; the command line then exits with 1.
+    """
+
+    title: str
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    summary: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    ok: bool = True
+
+    @property
+    def columns(self) -> list[str]:
+        return list(dict.fromkeys(key for row in self.rows for key in row))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "title": self.title,
+            "ok": self.ok,
+            "summary": self.summary,
+            "rows": self.rows,
+            "notes": self.notes,
+        }
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """Return the report as JSON, and write it to `path` where one is given."""
+        text = json.dumps(self.to_dict(), indent=2, default=str)
+        if path is not None:
+            with replace_file(Path(path)) as temporary:
+                temporary.write_text(text + "\n")
+        return text
+
+    def print(self, console: Any = None) -> None:
+        """Show the report on `console` (a `rich.console.Console`; the terminal where none is given)."""
+        from rich.console import Console
+        from rich.markup import escape
+        from rich.table import Table
+
+        console = console or Console()
+        console.print(f"[bold]{escape(self.title)}[/bold]", highlight=False)
+        for name, value in self.summary.items():
+            console.print(f"  {escape(name)}: {escape(show(value))}", highlight=False)
+        if self.rows:
+            table = Table()
+            for column in self.columns:
+                numeric = all(isinstance(row.get(column), int | float | None) for row in self.rows)
+                table.add_column(escape(column), justify="right" if numeric else "left", overflow="fold")
+            for row in self.rows:
+                table.add_row(*(escape(show(row.get(column))) for column in self.columns))
+            console.print(table)
+        for note in self.notes:
+            console.print(f"  • {escape(note)}", highlight=False)
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        text = io.StringIO()
+        self.print(Console(file=text, width=140, color_system=None))
+        return text.getvalue().rstrip()
+
+
+def show(value: Any) -> str:
+    """Return a cell as people read it: four significant digits, thousands apart, nothing for None."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        if value != value or value in (float("inf"), float("-inf")):
+            return str(value)
+        return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+    return str(value)
