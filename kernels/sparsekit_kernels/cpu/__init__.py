@@ -1,0 +1,218 @@
+"""y = x @ W.T + bias on the CPU, with W kept 2:4 and read packed: 9/16 of the dense bytes at 16 bits, 17/32 at 32.
+
+    why_not(dtype)                          None, or why this machine cannot run it
+    compress24(w)                           -> values, meta: `layout24.compress24`, compiled
+    prepare(values, meta)                   -> blocks, masks: the layout in memory (csrc/spmm24.h), one copy for every M
+    restore(blocks, masks, N)               -> values, meta: the exact inverse
+    spmm24(x, blocks, masks, N, bias)       -> y
+
+bf16 and fp32, sums in fp32. Each y is one sum over k in a fixed order: the same bits whatever M and the number of
+threads. Zeros of W are multiplied like any other weight, so a NaN or infinity in x spreads over its row of y exactly
+as it does in a dense product. Denormal bf16 count as zero where the processor multiplies bf16 (`avx512_bf16`).
+"""
+
+import ctypes
+import functools
+import os
+import platform
+from ctypes import c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from sparsekit_kernels.cpu.build import BuildError, compiler, library
+from sparsekit_kernels.layout24 import padded_features
+
+__all__ = ["BuildError", "compress24", "isa", "prepare", "restore", "spmm24", "why_not"]
+
+BLOCK_ROWS = 8
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
+_DTYPE_IDS = {torch.bfloat16: 0, torch.float32: 1}
+
+
+def why_not(dtype: torch.dtype | None = None, *, build: bool = True) -> str | None:
+    """Return why this machine cannot run the kernel, in a sentence, or None if it can.
+
+    The first call on a machine compiles the kernels (seconds); with `build=False` nothing is compiled, and the answer
+    is None as long as nothing speaks against it.
+    """
+    if dtype is not None and dtype not in _DTYPE_IDS:
+        return f"the CPU kernel multiplies bfloat16 and float32, not {str(dtype).removeprefix('torch.')}"
+    if platform.system() != "Linux":
+        return f"the CPU kernel is built for Linux, this is {platform.system()}"
+    if compiler() is None:
+        return "no C++ compiler found: install g++ or clang++, or set CXX"
+    if _parallel_for() is None:
+        return f"torch {torch.__version__} does not export torch_parallel_for: install a newer torch"
+    if build:
+        try:
+            isa()
+        except (BuildError, ValueError) as error:
+            return str(error)
+    return None
+
+
+@functools.cache
+def isa() -> str:
+    """Return the instruction set in use: the best of `ISAS` that runs here, or the lower one in $SPARSEKIT_CPU_ISA."""
+    best = ISAS[library().sparsekit_best_isa()]
+    asked = os.environ.get("SPARSEKIT_CPU_ISA") or best
+    if asked not in ISAS:
+        raise ValueError(f"SPARSEKIT_CPU_ISA={asked} is not one of {', '.join(ISAS)}")
+    if ISAS.index(asked) > ISAS.index(best):
+        raise ValueError(f"SPARSEKIT_CPU_ISA={asked}, but this processor runs at most {best}")
+    return asked
+
+
+def compress24(w_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (values, meta), bit for bit those of `layout24.compress24`; for 16- and 32-bit weights on the CPU.
+
+    Raises:
+        ValueError: `w_NK` is not such a matrix, or some group has more than two non-zeros.
+    """
+    if w_NK.dim() != 2:
+        raise ValueError(f"compress24 takes a matrix [N, K], got shape {tuple(w_NK.shape)}")
+    if w_NK.device.type != "cpu" or w_NK.element_size() not in (2, 4) or not w_NK.is_floating_point():
+        raise ValueError(f"compress24 takes 16- or 32-bit floats on the CPU, got {w_NK.dtype} on {w_NK.device}")
+    w_NK = w_NK if w_NK.stride(1) == 1 else w_NK.contiguous()
+    N, K = w_NK.shape
+    values = torch.empty(N, padded_features(K) // 2, dtype=w_NK.dtype)
+    meta = torch.empty(N, padded_features(K) // 8, dtype=torch.uint8)
+    call = _functions()["compress24"]
+    broken = call(
+        w_NK.element_size(), w_NK.data_ptr(), w_NK.stride(0), values.data_ptr(), meta.data_ptr(), N, K, _parallel_for()
+    )
+    if broken:
+        _check_parallel(broken)
+        raise ValueError(f"{broken} groups of four have more than two non-zeros: prune the weight to 2:4 first")
+    return values, meta
+
+
+def prepare(values: Tensor, meta: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (blocks, masks) of a canonical weight; N is rounded up to 8, nothing else is added.
+
+    Args:
+        values: [N, Kp/2] of 16 or 32 bits, meta: [N, Kp/8] uint8, see `layout24`.
+    Returns:
+        blocks [N8, Kp/4, 16] in the dtype of values, masks [N8, Kp/4] int32, N8 = ceil(N / 8); see csrc/spmm24.h.
+    """
+    N, groups = meta.shape[0], meta.shape[1] * 2
+    if values.shape != (N, groups * 2) or meta.dtype != torch.uint8 or values.element_size() not in (2, 4):
+        raise ValueError(
+            f"prepare takes values [N, Kp/2] of 16 or 32 bits and meta [N, Kp/8] uint8, "
+            f"got {tuple(values.shape)} {values.dtype} and {tuple(meta.shape)} {meta.dtype}"
+        )
+    values, meta = values.contiguous(), meta.contiguous()
+    num_blocks = (N + BLOCK_ROWS - 1) // BLOCK_ROWS
+    blocks = torch.empty(num_blocks, groups, 2 * BLOCK_ROWS, dtype=values.dtype)
+    masks = torch.empty(num_blocks, groups, dtype=torch.int32)
+    illegal = _convert("prepare24", values, meta, blocks, masks)
+    if illegal:
+        raise ValueError(f"{illegal} nibbles of meta are not legal 2:4 metadata: the weight is damaged or foreign")
+    return blocks, masks
+
+
+def restore(blocks: Tensor, masks: Tensor, N: int) -> tuple[Tensor, Tensor]:
+    """Return (values [N, Kp/2], meta [N, Kp/8]), the exact inverse of `prepare`."""
+    num_blocks, groups = masks.shape
+    _check_prepared(blocks, masks, N)
+    values = torch.empty(N, groups * 2, dtype=blocks.dtype)
+    meta = torch.empty(N, groups // 2, dtype=torch.uint8)
+    _convert("restore24", values, meta, blocks.contiguous(), masks.contiguous())
+    return values, meta
+
+
+def spmm24(x: Tensor, blocks: Tensor, masks: Tensor, N: int, bias: Tensor | None = None) -> Tensor:
+    """Return x @ W.T + bias for a prepared 2:4 weight [N, K]; x is [..., K], the result [..., N] in x's dtype."""
+    K = x.shape[-1]
+    dtype_id = _DTYPE_IDS.get(x.dtype)
+    if dtype_id is None or x.dtype != blocks.dtype or x.device.type != "cpu":
+        raise ValueError(
+            f"spmm24 takes x and W of one dtype, bfloat16 or float32, on the CPU; got {x.dtype} on {x.device} and {blocks.dtype}"
+        )
+    if (K + 7) // 8 * 2 != masks.shape[1]:
+        raise ValueError(f"x has {K} features, W has {masks.shape[1] * 4} (rounded up to 8): pass x of shape [..., K]")
+    _check_prepared(blocks, masks, N)
+    bias_ptr = None
+    if bias is not None:
+        if bias.shape != (N,) or bias.dtype != x.dtype:
+            raise ValueError(f"bias must be [{N}] {x.dtype}, got {tuple(bias.shape)} {bias.dtype}")
+        bias = bias.contiguous()
+        bias_ptr = bias.data_ptr()
+    x_MK = x if x.dim() == 2 else x.reshape(-1, K)
+    if x_MK.stride(1) != 1:
+        x_MK = x_MK.contiguous()
+    y = torch.empty(*x.shape[:-1], N, dtype=x.dtype)
+    level, call, parallel_for = _spmm24()
+    status = call(
+        level, dtype_id, x_MK.data_ptr(), x_MK.stride(0), blocks.data_ptr(), masks.data_ptr(), bias_ptr, y.data_ptr(),
+        x_MK.shape[0], N, K, parallel_for,
+    )  # fmt: skip
+    if status:
+        if status == 1:
+            raise MemoryError(f"no memory for the scratch of a product of {x_MK.shape[0]} tokens and {K} features")
+        _check_parallel(-1)
+    return y
+
+
+def _check_prepared(blocks: Tensor, masks: Tensor, N: int) -> None:
+    num_blocks, groups = masks.shape
+    if (
+        num_blocks != (N + BLOCK_ROWS - 1) // BLOCK_ROWS
+        or blocks.shape != (num_blocks, groups, 2 * BLOCK_ROWS)
+        or masks.dtype != torch.int32
+        or not blocks.is_contiguous()
+        or not masks.is_contiguous()
+    ):
+        raise ValueError(
+            f"blocks {tuple(blocks.shape)} and masks {tuple(masks.shape)} {masks.dtype} are not what prepare() returns for N={N}"
+        )
+
+
+def _convert(name: str, values: Tensor, meta: Tensor, blocks: Tensor, masks: Tensor) -> int:
+    call = _functions()[name]
+    N, half = values.shape
+    tensors = (values.data_ptr(), meta.data_ptr(), blocks.data_ptr(), masks.data_ptr())
+    bad = call(values.element_size(), *tensors, N, half * 2, _parallel_for())
+    _check_parallel(bad)
+    return bad
+
+
+def _check_parallel(status: int) -> None:
+    if status < 0:
+        raise RuntimeError("torch_parallel_for failed: see torch's message above")
+
+
+@functools.cache
+def _parallel_for() -> int | None:
+    """Return the address of torch's own parallel loop, or None where torch does not export it."""
+    try:
+        function = ctypes.CDLL(torch._C.__file__).torch_parallel_for
+    except (AttributeError, OSError):
+        return None
+    return ctypes.cast(function, c_void_p).value
+
+
+@functools.cache
+def _functions() -> dict:
+    """Return the compiled functions with their argument types set."""
+    reason = why_not()
+    if reason is not None:
+        raise BuildError(reason)
+    pointers = {
+        "spmm24": [c_int64, c_int64, c_void_p, c_int64, *[c_void_p] * 4, *[c_int64] * 3, c_void_p],
+        "prepare24": [c_int64, *[c_void_p] * 4, c_int64, c_int64, c_void_p],
+        "restore24": [c_int64, *[c_void_p] * 4, c_int64, c_int64, c_void_p],
+        "compress24": [c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p],
+    }
+    functions = {}
+    for name, argument_types in pointers.items():
+        function = getattr(library(), f"sparsekit_{name}")
+        function.argtypes, function.restype = argument_types, c_int64
+        functions[name] = function
+    return functions
+
+
+@functools.cache
+def _spmm24():
+    return ISAS.index(isa()), _functions()["spmm24"], _parallel_for()
