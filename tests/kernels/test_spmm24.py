@@ -145,8 +145,8 @@ def test_decompress24_is_exact(N, K, dtype):
     bits = torch.int32 if dtype == torch.float32 else torch.int16
     values, meta = layout24.compress24(w)
     assert torch.equal(decompress24(values, meta, K).view(bits), w.view(bits))
-    values[0, 0] = float("nan")
-    assert torch.equal(decompress24(values, meta).view(bits), layout24.decompress24(values, meta).view(bits))
+    values[0, 0] = float("nan")  # the layout is asked with integers: torch's scatter rewrites NaNs of bf16
+    assert torch.equal(decompress24(values, meta).view(bits), layout24.decompress24(values.view(bits), meta))
 
 
 @runs
