@@ -1,0 +1,36 @@
+"""`cpu`: our C++ kernel, compiled on first use; AVX-512 BF16 down to portable code."""
+
+import torch
+from sparsekit_kernels import cpu
+from torch import Tensor
+
+from sparsekit import ops
+from sparsekit.backends.base import BACKENDS, Backend
+from sparsekit.formats import PackedWeight, WeightSpec
+
+
+class CpuBackend(Backend):
+    name = "cpu"
+
+    def why_not(self, spec: WeightSpec, device: torch.device) -> str | None:
+        if spec.format != "semi24":
+            return f"it has no path for format {spec.format!r}"
+        if device.type != "cpu":
+            return f"it runs on the CPU, the weight is on {device}"
+        return cpu.why_not(spec.dtype)
+
+    def prepare(self, packed: PackedWeight) -> tuple[Tensor, ...]:
+        return cpu.prepare(packed.tensors["values"], packed.tensors["meta"])
+
+    def restore(self, spec: WeightSpec, prepared: tuple[Tensor, ...]) -> PackedWeight:
+        values, meta = cpu.restore(*prepared, spec.out_features)
+        return PackedWeight(spec, {"values": values, "meta": meta})
+
+    def linear(self, x: Tensor, prepared: tuple[Tensor, ...], bias: Tensor | None, spec: WeightSpec) -> Tensor:
+        return ops.linear24_cpu(x, *prepared, bias, spec.out_features, spec.in_features)
+
+    def kernel(self, spec: WeightSpec, num_tokens: int) -> str:
+        return cpu.isa()
+
+
+BACKENDS.register("cpu", CpuBackend())

@@ -1,0 +1,132 @@
+"""What holds, layer by layer: the contract at the end of every run, and who runs what and why."""
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from sparsekit.backends import BACKENDS
+from sparsekit.nn import SparseLinear
+from sparsekit.pack import sparse_layers
+from sparsekit.patterns import NM
+from sparsekit.plan import Plan
+from sparsekit.report import Report
+from sparsekit.targets import is_linear, weight_NK
+
+
+def check(model: nn.Module, plan: Plan | None = None) -> Report:
+    """Return a table of every linear layer: pattern, sparsity asked and got, finiteness, bytes, backend and why.
+
+    Args:
+        model: packed, masked or dense.
+        plan: what was asked for; without one, packed layers must hold the pattern of their format.
+    Returns:
+        A report whose `ok` is False if a layer breaks its pattern, has fewer zeros than asked, or holds NaN or
+        infinity. Its notes name such layers.
+    """
+    rows: list[dict[str, Any]] = []
+    problems: list[str] = []
+    packed = sparse_layers(model)
+    for name, module in model.named_modules():
+        sparse = packed.get(name)
+        if sparse is not None:
+            weight = sparse.to_dense()
+        elif is_linear(module):
+            weight = weight_NK(module)
+        else:
+            continue
+        if weight.device.type == "meta":
+            continue
+        mask = plan.masks.get(name) if plan else None
+        asked = mask.pattern if mask else NM(2, 4) if sparse is not None else None
+        got = sparsity_of(weight)
+        finite = bool(torch.isfinite(weight).all())
+        broken = asked.count_violations(weight != 0) if asked else 0
+        if not finite:
+            problems.append(f"{name} holds NaN or infinity")
+        if broken:
+            problems.append(f"{name} breaks {asked} in {broken:,} places")
+        if mask is not None and bool((weight[~mask.keep.to(weight.device)] != 0).any()):
+            problems.append(f"{name} has non-zeros where the plan removes: call sparsekit.apply_(model, plan)")
+        rows.append(
+            {
+                "layer": name,
+                "shape": f"{weight.shape[0]}x{weight.shape[1]}",
+                "pattern": str(asked) if asked else "dense" if got == 0 else "zeros, no plan",
+                "asked": round(mask.sparsity, 4) if mask else None,
+                "sparsity": round(got, 4),
+                "finite": finite,
+                "dense bytes": weight.nbytes,
+                "bytes": sparse.packed_bytes() if sparse is not None else weight.nbytes,
+                "backend": sparse.backend if sparse is not None else "torch",
+                "why": "; ".join(f"not {k}: {v}" for k, v in sparse.reasons.items()) if sparse is not None else "",
+            }
+        )
+    pruned = [row for row in rows if row["pattern"] != "dense"]
+    summary: dict[str, Any] = {
+        "linear layers": len(rows),
+        "sparse": len(pruned),
+        "packed": len(packed),
+    }
+    if pruned:
+        dense_bytes, now_bytes = sum(row["dense bytes"] for row in pruned), sum(row["bytes"] for row in pruned)
+        zeros = sum(row["sparsity"] * row["dense bytes"] for row in pruned)
+        summary["sparsity of the sparse layers"] = round(zeros / dense_bytes, 4)
+        summary["bytes of the sparse layers"] = f"{now_bytes:,} of {dense_bytes:,} dense ({now_bytes / dense_bytes:.3f})"
+    notes = list(problems)
+    if plan is not None:
+        missing = [name for name in plan.masks if name not in dict(model.named_modules())]
+        notes += [f"the plan names {name}, which the model does not have" for name in missing]
+        notes += plan.notes
+        problems += missing
+    if pruned and not packed:
+        notes.append("no layer is packed: the zeros save neither time nor memory until sparsekit.pack_(model)")
+    return Report("sparsekit check", rows, summary, notes, ok=not problems)
+
+
+def explain(model: nn.Module, num_tokens: tuple[int, ...] = (1, 16, 128, 1024)) -> Report:
+    """Return, for each kind of linear layer, the backend chosen, the kernel at each M, and why not the others.
+
+    One prepared copy serves every number of tokens, so a layer has one backend; inside it the kernel changes with the
+    number of tokens M (rows of x), as the columns "M=..." say.
+    """
+    seen: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for name, module in model.named_modules():
+        row: dict[str, Any]
+        if isinstance(module, SparseLinear):
+            row = _explain_sparse(module, num_tokens)
+        elif is_linear(module):
+            w_NK = weight_NK(module)
+            row = {"weight": f"dense {w_NK.shape[0]}x{w_NK.shape[1]} {_short(w_NK.dtype)}", "backend": "torch"}
+            row |= {f"M={m}": "dense" for m in num_tokens} | {"why not the others": "the layer is not packed"}
+        else:
+            continue
+        kind = seen.setdefault(tuple(row.values()), {"first layer": name, "layers": 0, **row})
+        kind["layers"] += 1
+    notes = [] if seen else ["the model has no linear layer"]
+    notes.append("which of dense and sparse is faster here: sparsekit.benchmark(model)")
+    return Report("sparsekit explain", list(seen.values()), {}, notes)
+
+
+def _explain_sparse(layer: SparseLinear, num_tokens: tuple[int, ...]) -> dict[str, Any]:
+    layer.prepare_()
+    device = layer.prepared[0].device
+    chosen = BACKENDS.get(layer.backend)
+    others = {
+        name: layer.reasons.get(name) or backend.why_not(layer.spec, device) or "it can run, and comes later in 'auto'"
+        for name, backend in BACKENDS.items()
+        if name != layer.backend
+    }
+    row: dict[str, Any] = {"weight": str(layer.spec), "backend": layer.backend}
+    row |= {f"M={m}": chosen.kernel(layer.spec, m) for m in num_tokens}
+    return row | {"why not the others": "; ".join(f"{name}: {reason}" for name, reason in others.items())}
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def sparsity_of(weight: Tensor) -> float:
+    """Return the share of exact zeros."""
+    return 1 - int(torch.count_nonzero(weight)) / max(weight.numel(), 1)

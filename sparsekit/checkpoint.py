@@ -1,0 +1,226 @@
+"""Saving and loading: dense with zeros, which opens anywhere, or packed, at 9/16 of the bytes.
+
+A folder appears under its final name whole or not at all. `sparsekit.json` in it lists the weight files with their
+SHA-256, so that a truncated or altered checkpoint is refused by name before anything is built.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from sparsekit.errors import CheckpointError
+from sparsekit.files import replace_dir
+from sparsekit.hf.card import write_card
+from sparsekit.hf.describe import LAYOUT_VERSION, describe_layers, is_pretrained
+from sparsekit.pack import dense_layer, sparse_layers
+from sparsekit.version import __version__
+
+MANIFEST = "sparsekit.json"
+STALE = ("model*.safetensors", "model.safetensors.index.json", MANIFEST)
+"""What a new checkpoint replaces in a folder that holds an older one; other files there are kept."""
+
+
+def save(
+    model: nn.Module,
+    save_directory: str | os.PathLike[str],
+    packed: bool = True,
+    *,
+    tokenizer: Any = None,
+    max_shard_size: str | int = "5GB",
+) -> None:
+    """Write a checkpoint folder: safetensors, `config.json`, a README, and a manifest with digests.
+
+    Args:
+        model: a transformers model, or any module (`load` then needs the module to fill).
+        save_directory: written beside and renamed into place; a failed save leaves what was there.
+        packed: True keeps packed layers packed, at 9/16 of the dense bytes; opening it takes `import sparsekit`.
+            False writes them dense with their zeros, for any other tool.
+        tokenizer: saved into the same folder where given.
+        max_shard_size: as in transformers.
+    Raises:
+        ValueError: `packed=True` and no layer is packed.
+        OSError: the disk is too full. Nothing was written.
+    """
+    layers = sparse_layers(model)
+    if packed and not layers:
+        raise ValueError("no layer of the model is packed: call sparsekit.pack_(model) first, or save with packed=False")
+    dense_extra = 0 if packed else sum(layer.dense_bytes() - layer.packed_bytes() for layer in layers.values())
+    tensors = [*model.parameters(), *model.buffers()]
+    bytes_needed = int(1.05 * (sum(tensor.nbytes for tensor in tensors) + dense_extra)) + 2**20
+    with replace_dir(Path(save_directory), bytes_needed, STALE) as folder:
+        if is_pretrained(model):
+            _write_pretrained(model, folder, packed, max_shard_size)
+        else:
+            _write_module(model, folder, packed)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        write_card(model, folder, layers if packed else {})
+        _write_manifest(folder, describe_layers(layers) if packed else {})
+
+
+def load(
+    save_directory: str | os.PathLike[str],
+    *,
+    model: nn.Module | None = None,
+    backend: str = "auto",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str = "auto",
+) -> nn.Module:
+    """Return the model in a folder that `save` (or `save_pretrained`) wrote, ready to run.
+
+    Args:
+        save_directory: a local folder.
+        model: a dense module to load into, for checkpoints of modules that are not transformers models; it becomes
+            the loaded model.
+        backend: who shall run the packed layers.
+        device: where to put the model; the CPU where none is given.
+        dtype: of the floating-point weights; "auto" is that of the checkpoint.
+    Raises:
+        FileNotFoundError: there is no checkpoint in the folder.
+        CheckpointError: a file is missing, truncated or altered, or does not belong to the model.
+    """
+    folder = Path(save_directory)
+    if not (folder / "config.json").is_file() and not (folder / MANIFEST).is_file():
+        raise FileNotFoundError(f"no checkpoint in {folder}: it has neither config.json nor {MANIFEST}")
+    manifest = _read_manifest(folder)
+    if model is None and (folder / "config.json").is_file():
+        loaded = _read_pretrained(folder, backend, dtype)
+    elif model is not None:
+        loaded = _read_module(model, folder, manifest, backend)
+    else:
+        raise ValueError(f"{folder} holds the weights of a plain module: pass a dense one to load into, as model=")
+    return loaded if device is None else loaded.to(device)
+
+
+def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict with every packed layer dense, zeros included, under the names of the dense model."""
+    layers = sparse_layers(model)
+    state: dict[str, Tensor] = {}
+    for key, tensor in model.state_dict().items():
+        owner, _, part = key.rpartition(".")
+        if owner not in layers or part == "bias":
+            state[key] = tensor
+        elif f"{owner}.weight" not in state:
+            state[f"{owner}.weight"] = dense_layer(layers[owner]).weight.detach()  # type: ignore[union-attr, operator]
+    return state
+
+
+def _write_pretrained(model: Any, folder: Path, packed: bool, max_shard_size: str | int) -> None:
+    if packed:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        return
+    state = dense_state_dict(model)
+    with _undescribed(model):
+        model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
+
+
+@contextmanager
+def _undescribed(model: Any) -> Iterator[None]:
+    """Hide that the model is packed while its dense form is written."""
+    quantizer = model.__dict__.pop("hf_quantizer", None)
+    config = model.config.__dict__.pop("quantization_config", None)
+    try:
+        yield
+    finally:
+        if quantizer is not None:
+            model.hf_quantizer = quantizer
+        if config is not None:
+            model.config.quantization_config = config
+
+
+def _write_module(model: nn.Module, folder: Path, packed: bool) -> None:
+    from safetensors.torch import save_model
+
+    if packed:
+        save_model(model, str(folder / "model.safetensors"))
+        return
+    from safetensors.torch import save_file
+
+    save_file(
+        {name: tensor.contiguous() for name, tensor in dense_state_dict(model).items()}, folder / "model.safetensors"
+    )
+
+
+def _read_pretrained(folder: Path, backend: str, dtype: torch.dtype | str) -> nn.Module:
+    import transformers
+    from safetensors import SafetensorError
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} cannot be read: {error}") from error
+    kind = getattr(transformers, (config.architectures or [""])[0], None) or transformers.AutoModel
+    described = getattr(config, "quantization_config", None)
+    if isinstance(described, dict) and described.get("quant_method") == "sparsekit":
+        config.quantization_config = {**described, "backend": backend}
+    try:
+        return kind.from_pretrained(folder, config=config, dtype=dtype)
+    except (SafetensorError, EOFError, OSError) as error:
+        raise CheckpointError(f"the weights in {folder} are incomplete or damaged: {error}") from error
+
+
+def _read_module(model: nn.Module, folder: Path, manifest: dict[str, Any], backend: str) -> nn.Module:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_model
+
+    if manifest.get("layers"):
+        from sparsekit.hf.quantizer import prepare_layers_, swap_in_empty_
+
+        found = swap_in_empty_(model, manifest["layers"], backend)
+    else:
+        found = {}
+    try:
+        load_model(model, str(folder / "model.safetensors"))
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise CheckpointError(f"the weights in {folder} are damaged or belong to another module: {error}") from error
+    if found:
+        prepare_layers_(model, found)
+    return model
+
+
+def _write_manifest(folder: Path, layers: dict[str, Any]) -> None:
+    files = sorted(folder.glob("*.safetensors"))
+    manifest = {
+        "sparsekit_version": __version__,
+        "layout_version": LAYOUT_VERSION,
+        "layers": layers,
+        "files": {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files},
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest after holding every file against it; empty where `save_pretrained` wrote none."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return {}
+    try:
+        manifest = json.loads(path.read_text())
+        files = manifest["files"].items()
+    except (ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}): fetch the checkpoint again") from error
+    for name, expected in files:
+        file = folder / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing: fetch the checkpoint again")
+        if file.stat().st_size != expected["bytes"]:
+            raise CheckpointError(
+                f"{file} has {file.stat().st_size:,} bytes and should have {expected['bytes']:,}: it is truncated or "
+                "altered, fetch it again"
+            )
+        if _sha256(file) != expected["sha256"]:
+            raise CheckpointError(f"{file} does not have the digest in {MANIFEST}: it was altered, fetch it again")
+    return manifest
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,75 @@
+"""The README that goes into every checkpoint folder."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch.nn as nn
+
+if TYPE_CHECKING:
+    from sparsekit.nn import SparseLinear
+
+_PACKED = """\
+## How to load
+
+```python
+import sparsekit  # first: it teaches transformers to read packed weights
+from transformers import {auto_class}
+
+model = {auto_class}.from_pretrained("this folder")
+```
+
+or `sparsekit.load("this folder")`, which also checks the files against the digests in `sparsekit.json`.
+
+**Without `import sparsekit` the load fails**, and must: transformers says "Unknown quantization type, got sparsekit",
+and then that the size of `{tripwire}` does not match (it is an empty tensor, put there so that nobody runs a model
+with random weights by mistake). Install the package with `pip install sparsekit-torch`, or ask the author for the dense
+form: `sparsekit.save(model, folder, packed=False)` writes one that opens anywhere.
+
+## Size
+
+{num_layers} layers are packed 2:4: {packed_mb:.1f} MB instead of {dense_mb:.1f} MB dense ({share:.3f} of the bytes).
+"""
+
+_DENSE = """\
+## How to load
+
+These are ordinary dense weights with zeros in them: any tool that opens the base model opens this one. To run them
+packed and faster: `sparsekit.pack_(model)` after loading.
+"""
+
+
+def write_card(model: nn.Module, folder: Path, packed: "dict[str, SparseLinear]") -> None:
+    """Write README.md into a checkpoint folder."""
+    base_model = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
+    tags = ["sparse", "pruned", "sparsekit", *(["2:4"] if packed else [])]
+    front = ["---", "tags:", *(f"- {tag!r}" if ":" in tag else f"- {tag}" for tag in tags)]
+    if base_model and not Path(base_model).exists():
+        front += [f"base_model: {base_model}"]
+    front += ["---", "", f"# {type(model).__name__}, made sparse with sparsekit", ""]
+    if packed:
+        dense = sum(layer.dense_bytes() for layer in packed.values())
+        stored = sum(tensor.nbytes for layer in packed.values() for tensor in layer.packed().tensors.values())
+        body = _PACKED.format(
+            auto_class=_auto_class(model),
+            tripwire=f"{min(packed)}.weight",
+            num_layers=len(packed),
+            packed_mb=stored / 1e6,
+            dense_mb=dense / 1e6,
+            share=stored / max(dense, 1),
+        )
+    else:
+        body = _DENSE
+    (folder / "README.md").write_text("\n".join(front) + "\n" + body)
+
+
+def _auto_class(model: nn.Module) -> str:
+    name = type(model).__name__
+    for suffix, auto_class in (
+        ("ForCausalLM", "AutoModelForCausalLM"),
+        ("LMHeadModel", "AutoModelForCausalLM"),
+        ("ForSequenceClassification", "AutoModelForSequenceClassification"),
+        ("ForMaskedLM", "AutoModelForMaskedLM"),
+    ):
+        if name.endswith(suffix):
+            return auto_class
+    return "AutoModel"

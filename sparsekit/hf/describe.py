@@ -1,0 +1,62 @@
+"""Write on a transformers model what is packed in it, so that `save_pretrained` stores it and stock code sees it.
+
+Nothing here imports transformers, or does anything to a model that is not one of its own.
+"""
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch.nn as nn
+
+if TYPE_CHECKING:
+    from sparsekit.nn import SparseLinear
+
+QUANT_METHOD = "sparsekit"
+LAYOUT_VERSION = 1
+
+
+def is_pretrained(model: nn.Module) -> bool:
+    """Return whether `model` is a transformers `PreTrainedModel`."""
+    modeling = sys.modules.get("transformers.modeling_utils")
+    return modeling is not None and isinstance(model, modeling.PreTrainedModel)
+
+
+def describe_layers(layers: "dict[str, SparseLinear]") -> dict[str, dict[str, Any]]:
+    """Return name -> {format, shape, source, bias}, what a loader needs to build the empty layers."""
+    return {
+        name: {
+            "format": layer.format,
+            "shape": [layer.out_features, layer.in_features],
+            "source": layer.source,
+            "bias": layer.bias is not None,
+        }
+        for name, layer in layers.items()
+    }
+
+
+def describe_packed_(model: nn.Module, layers: "dict[str, SparseLinear]") -> None:
+    """Set the quantizer and its config on a transformers model."""
+    if not is_pretrained(model):
+        return
+    from sparsekit.hf.quantizer import SparsekitConfig, SparsekitQuantizer
+
+    config = SparsekitConfig(layers=describe_layers(layers))
+    attached: Any = model
+    attached.config.quantization_config = config
+    attached.hf_quantizer = SparsekitQuantizer(config, pre_quantized=True)
+    attached.quantization_method = QUANT_METHOD
+    attached.is_quantized = True
+
+
+def forget_packed_(model: nn.Module) -> None:
+    """Undo `describe_packed_`; a model that another quantizer described is left alone."""
+    if not is_pretrained(model):
+        return
+    from sparsekit.hf.quantizer import SparsekitQuantizer
+
+    quantizer = getattr(model, "hf_quantizer", None)
+    if isinstance(quantizer, SparsekitQuantizer):
+        quantizer.remove_quantization_config(model)
+        for module in model.modules():
+            if is_pretrained(module) and hasattr(module.config, "_is_quantized"):
+                del module.config._is_quantized

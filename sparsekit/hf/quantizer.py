@@ -1,0 +1,163 @@
+"""The transformers quantizer behind `from_pretrained` of a packed checkpoint.
+
+Only the methods that are the same in transformers 5.17 to 5.23 are overridden.
+
+A packed checkpoint opened *without* sparsekit must fail. transformers only warns of an unknown `quant_method` and
+would go on with random weights, so the checkpoint also carries one empty tensor under the name of a dense weight: its
+shape fits nothing, and stock transformers refuses to load it.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from sparsekit.errors import CheckpointError
+from sparsekit.formats import WeightSpec
+from sparsekit.hf.describe import LAYOUT_VERSION, QUANT_METHOD
+from sparsekit.nn import SparseLinear
+
+
+@register_quantization_config(QUANT_METHOD)
+class SparsekitConfig(QuantizationConfigMixin):
+    """What `config.json` says of a packed checkpoint.
+
+    Args:
+        layers: qualified name -> {format, shape, source, bias}.
+        layout_version: of the canonical layouts; a later one than this package knows is refused.
+        backend: who shall run the layers; not stored.
+    """
+
+    def __init__(
+        self,
+        layers: dict[str, dict[str, Any]] | None = None,
+        layout_version: int = LAYOUT_VERSION,
+        backend: str = "auto",
+        **kwargs: Any,
+    ) -> None:
+        self.quant_method = QUANT_METHOD
+        self.layers = layers or {}
+        self.layout_version = layout_version
+        self.backend = backend
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": QUANT_METHOD, "layout_version": self.layout_version, "layers": self.layers}
+
+
+@register_quantizer(QUANT_METHOD)
+class SparsekitQuantizer(HfQuantizer):
+    """Swaps the named layers for empty `SparseLinear` before loading, and prepares them after."""
+
+    requires_calibration = True
+
+    def __init__(self, quantization_config: SparsekitConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        if quantization_config.layout_version > LAYOUT_VERSION:
+            raise CheckpointError(
+                f"the checkpoint has layout version {quantization_config.layout_version}, this sparsekit reads up to "
+                f"{LAYOUT_VERSION}: upgrade sparsekit"
+            )
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        tripwire = tripwire_name(self.quantization_config.layers)
+        config = self.quantization_config
+        config.layers = swap_in_empty_(model, config.layers, config.backend)
+        ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])
+        model._keys_to_ignore_on_load_unexpected = ignored | {tripwire.replace(".", r"\.")}
+        return model
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        prepare_layers_(model, self.quantization_config.layers)
+        return model
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+        state_dict = model.state_dict()
+        state_dict[tripwire_name(self.quantization_config.layers)] = torch.empty(0)
+        return state_dict, {"sparsekit": f"packed, layout version {LAYOUT_VERSION}: import sparsekit before loading"}
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        from sparsekit.pack import unpack_
+
+        unpack_(model)
+        return model if dtype is None else model.to(dtype)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True  # adapters on top; the packed weights themselves stay
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def tripwire_name(layers: dict[str, dict[str, Any]]) -> str:
+    """Return the key of the empty tensor that makes a load without sparsekit fail."""
+    return f"{min(layers)}.weight"  # not the first: config.json sorts its keys
+
+
+def swap_in_empty_(
+    model: nn.Module, layers: dict[str, dict[str, Any]], backend: str = "auto"
+) -> dict[str, dict[str, Any]]:
+    """Replace the named dense layers by empty packed ones on the device where the dense weight is.
+
+    Returns:
+        `layers` by the names they have in this model: a checkpoint of a model with a head also loads into its base
+        model, and the other way round, as everywhere in transformers.
+    Raises:
+        CheckpointError: the model has no such layer, or one of another shape.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for stored_name, described in layers.items():
+        name = _name_in(model, stored_name)
+        if name is None:
+            continue
+        dense: Any = model.get_submodule(name)
+        shape = list(dense.weight.shape)
+        if described["source"] == "Conv1D":
+            shape.reverse()
+        if shape != list(described["shape"]):
+            raise CheckpointError(f"{name} is packed as {described['shape']}, the model's config makes it {shape}")
+        sparse = SparseLinear(
+            WeightSpec(described["format"], shape[0], shape[1], dense.weight.dtype),
+            bias=described["bias"],
+            backend=backend,
+            source=described["source"],
+            device=dense.weight.device,
+        )
+        parent, _, attribute = name.rpartition(".")
+        model.get_submodule(parent)._modules[attribute] = sparse.train(dense.training)
+        found[name] = described
+    if not found:
+        raise CheckpointError(
+            f"the checkpoint packs {next(iter(layers), 'nothing')} and others, {type(model).__name__} has none of them: "
+            "load it with the class that saved it"
+        )
+    return found
+
+
+def _name_in(model: nn.Module, stored_name: str) -> str | None:
+    """Return the stored name with the base model's prefix added or taken away, whichever the model has."""
+    prefix = getattr(model, "base_model_prefix", "") + "."
+    modules = dict(model.named_modules())
+    for name in (stored_name, stored_name.removeprefix(prefix), prefix + stored_name):
+        if name in modules:
+            return name
+    return None
+
+
+def prepare_layers_(model: nn.Module, layers: dict[str, dict[str, Any]]) -> None:
+    """Validate and prepare the packed layers; a damaged one is named."""
+    for name in layers:
+        layer = model.get_submodule(name)
+        assert isinstance(layer, SparseLinear)
+        try:
+            layer.prepare_()
+        except CheckpointError as error:
+            raise CheckpointError(f"{name}: {error}") from None
