@@ -1,0 +1,29 @@
+"""Dense against sparse on this machine: honest timing, measured ceilings, layers, and whole models."""
+
+from sparsekit.benchmarking.layers import LayerShape, build_pair, measure_shapes, random24, time_layers
+from sparsekit.benchmarking.machine import Ceilings, cache_bytes, environment, free_bytes, measure_ceilings
+from sparsekit.benchmarking.models import benchmark, dense_twin
+from sparsekit.benchmarking.shapes import SHAPES, get_shapes
+from sparsekit.benchmarking.timing import Comparison, Timing, compare, rotate, time_pair
+
+__all__ = [
+    "SHAPES",
+    "Ceilings",
+    "Comparison",
+    "LayerShape",
+    "Timing",
+    "benchmark",
+    "build_pair",
+    "cache_bytes",
+    "compare",
+    "dense_twin",
+    "environment",
+    "free_bytes",
+    "get_shapes",
+    "measure_ceilings",
+    "measure_shapes",
+    "random24",
+    "rotate",
+    "time_layers",
+    "time_pair",
+]

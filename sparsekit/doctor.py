@@ -1,0 +1,234 @@
+"""Before anything is spent: what can run here, how fast this machine is, and which layers would gain.
+
+Nothing is estimated: the layers of the model in question are run here, dense and sparse, on random weights.
+"""
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsekit.backends import BACKENDS
+from sparsekit.benchmarking import LayerShape, environment, get_shapes, measure_ceilings, measure_shapes
+from sparsekit.benchmarking.shapes import SHAPES, group_shapes
+from sparsekit.errors import Unsupported
+from sparsekit.formats import WeightSpec
+from sparsekit.progress import progress_bar
+from sparsekit.registry import unknown
+from sparsekit.report import Report
+from sparsekit.targets import find_targets, weight_NK
+
+DEFAULT_NUM_TOKENS = (1, 8, 64, 512)
+
+
+def doctor(
+    model: Any = None,
+    *,
+    dtype: torch.dtype | str | None = None,
+    num_tokens: Sequence[int] = DEFAULT_NUM_TOKENS,
+    device: torch.device | str | None = None,
+    backend: str = "auto",
+    targets: Any = ("Linear",),
+    ignore: Any = ("lm_head",),
+    max_seconds: float = 120.0,
+    progress: bool = True,
+) -> Report:
+    """Return what can run 2:4 weights here, this machine's measured ceilings, and the gain of each layer shape.
+
+    Args:
+        model: an `nn.Module` (on the meta device too), a transformers config, a local folder or hub name, a name in
+            `SHAPES` as "llama-3-8b", or a list of (out_features, in_features). None: the machine alone.
+        dtype: of the weights; None takes the model's own, else bfloat16.
+        num_tokens: numbers of tokens M to try; 1 is decoding one sequence, hundreds are a prompt.
+        device: None takes the model's own, else the GPU where there is one.
+        backend: who runs the sparse side.
+        targets, ignore: which layers of the model would be pruned.
+        max_seconds: bound on the measurements; shapes left over are named in a note.
+        progress: show a bar.
+    """
+    if any(m < 1 for m in num_tokens) or not num_tokens:
+        raise ValueError(f"num_tokens={tuple(num_tokens)}: numbers of tokens of at least 1, as (1, 64)")
+    shapes, own_dtype, own_device = _read_model(model, targets, ignore)
+    dtype = parse_dtype(dtype) or own_dtype or torch.bfloat16
+    device = torch.device(device or own_device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    report = Report(f"sparsekit doctor: 2:4 weights in {_short(dtype)} on {device}")
+    report.summary |= _machine(device, dtype)
+    probe = shapes[0] if shapes else LayerShape("probe", 4096, 4096)
+    report.summary |= _backends(WeightSpec("semi24", probe.out_features, probe.in_features, dtype), device)
+    if not shapes:
+        report.notes.append("name a model, or --shapes llama-3-8b, to see what each of its layers would gain here")
+        return report
+    _measure(report, shapes, tuple(num_tokens), dtype, device, backend, max_seconds, progress)
+    return report
+
+
+def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """Return the torch dtype of a name as "bfloat16" or "bf16"; None stays None.
+
+    Raises:
+        ValueError: no such floating-point dtype.
+    """
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    short = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
+    if short.get(dtype, dtype) not in names:
+        raise ValueError(unknown("dtype", dtype, [*names, *short]))
+    return names[short.get(dtype, dtype)]
+
+
+def _read_model(
+    model: Any, targets: Any, ignore: Any
+) -> tuple[list[LayerShape], torch.dtype | None, torch.device | None]:
+    """Return the shapes that would be pruned, and the model's dtype and device where it has any."""
+    if model is None:
+        return [], None, None
+    if isinstance(model, str) and model.lower() in SHAPES:
+        return get_shapes(model), None, None
+    if isinstance(model, str | os.PathLike):
+        model = read_config(str(model))
+    if isinstance(model, nn.Module):
+        layers = find_targets(model, targets, ignore)
+        first = weight_NK(next(iter(layers.values())))
+        device = None if first.is_meta else first.device
+        return _group(layers), first.dtype if first.is_floating_point() else None, device
+    if hasattr(model, "to_dict") and hasattr(model, "model_type"):
+        skeleton = empty_model(model)
+        own_dtype = getattr(model, "dtype", None)
+        return _group(find_targets(skeleton, targets, ignore)), parse_dtype(own_dtype), None
+    if isinstance(model, Sequence):
+        return _listed(model), None, None
+    raise ValueError(
+        f"doctor takes a model, a config, a path, a name or a list of shapes, not a {type(model).__name__}"
+    )
+
+
+def _listed(items: Sequence[Any]) -> list[LayerShape]:
+    shapes = []
+    for item in items:
+        if isinstance(item, LayerShape):
+            shapes.append(item)
+        elif isinstance(item, tuple | list) and len(item) == 2 and all(isinstance(n, int) and n > 0 for n in item):
+            shapes.append(LayerShape(f"{item[0]}x{item[1]}", item[0], item[1]))
+        else:
+            raise ValueError(f"{item!r} is no layer shape: pass (out_features, in_features)")
+    return shapes
+
+
+def _group(layers: dict[str, nn.Module]) -> list[LayerShape]:
+    return group_shapes([(name, *weight_NK(module).shape) for name, module in layers.items()])
+
+
+def read_config(name: str) -> Any:
+    """Return the transformers config of a folder or hub name.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name)
+    except OSError as error:
+        if Path(name).exists():
+            raise FileNotFoundError(f"no config.json that transformers reads in {name}: pass a model folder") from error
+        raise FileNotFoundError(
+            f"no model {name!r}: it is no local folder, no hub model within reach, and none of the shapes "
+            f"{', '.join(SHAPES)}"
+        ) from error
+
+
+def empty_model(config: Any) -> nn.Module:
+    """Return the model of a config on the meta device, where it takes no memory."""
+    import transformers
+
+    kind = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
+    with torch.device("meta"):
+        if kind is not None:
+            return kind(config)
+        try:
+            return transformers.AutoModelForCausalLM.from_config(config)
+        except ValueError:
+            return transformers.AutoModel.from_config(config)
+
+
+def _machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    facts, ceilings = environment(device), measure_ceilings(device)
+    where = facts["gpu"] if device.type == "cuda" else f"{facts['cpu']}, {facts['threads']} threads, {facts['isa']}"
+    matmul = {f"matmul {name}, GFLOP/s": round(rate, 1) for name, rate in ceilings.matmul_gflop_s.items()}
+    return {"machine": where, "memory read, GB/s": round(ceilings.read_gb_s, 1), **matmul}
+
+
+def _backends(spec: WeightSpec, device: torch.device) -> dict[str, str]:
+    answers = {name: backend.why_not(spec, device) for name, backend in BACKENDS.items()}
+    usable = [name for name, reason in answers.items() if reason is None]
+    return {
+        f"backend {name}": (f"no: {reason}" if reason else "yes" + (", chosen by auto" if name == usable[0] else ""))
+        for name, reason in answers.items()
+    }
+
+
+def _measure(
+    report: Report,
+    shapes: list[LayerShape],
+    num_tokens: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: str,
+    max_seconds: float,
+    progress: bool,
+) -> None:
+    cell_seconds = min(1.0, max_seconds / (len(shapes) * len(num_tokens)))
+    started = time.perf_counter()
+    left_out: list[str] = []
+    with progress_bar("measuring", len(shapes) * len(num_tokens), progress) as bar:
+        for shape in shapes:
+            if time.perf_counter() - started > max_seconds:
+                left_out.append(str(shape))
+                continue
+            try:
+                rows = measure_shapes([shape], num_tokens, dtype, device, backend=backend, max_seconds=cell_seconds)
+                for row in rows:
+                    row["advice"] = advice(row["speedup"])
+                    report.rows.append(row)
+                    bar.advance(1, f"{shape} M={row['M']}")
+            except Unsupported as error:
+                report.notes.append(str(error))
+    if left_out:
+        report.notes.append(f"not measured within {max_seconds:.0f} s: {', '.join(left_out)}")
+    if report.rows:
+        report.summary |= _totals(report.rows, num_tokens)
+
+
+def advice(speedup: float) -> str:
+    """Return what to do with a layer at one M."""
+    return "sparse" if speedup >= 1.05 else "stay dense" if speedup < 1 else "no gain"
+
+
+def _totals(rows: list[dict[str, Any]], num_tokens: tuple[int, ...]) -> dict[str, Any]:
+    """Speed-up of all measured layers of one pass through the model, for each M, and the verdict."""
+    totals: dict[str, Any] = {}
+    gains = {}
+    for m in num_tokens:
+        mine = [row for row in rows if row["M"] == m]
+        if not mine:
+            continue
+        dense = sum(row["dense ms"] * row["count"] for row in mine)
+        sparse = sum(row["sparse ms"] * row["count"] for row in mine)
+        gains[m] = dense / sparse
+        totals[f"linear layers at M={m}"] = f"{dense:.4g} ms dense, {sparse:.4g} ms sparse: {gains[m]:.2f}x"
+    faster = [f"M={m} ({gain:.2f}x)" for m, gain in gains.items() if gain >= 1.05]
+    slower = [f"M={m} ({gain:.2f}x)" for m, gain in gains.items() if gain < 1.05]
+    if not faster:
+        return totals | {"verdict": f"stay dense: no gain at {', '.join(slower)}"}
+    return totals | {
+        "verdict": f"sparse pays at {', '.join(faster)}" + (f"; not at {', '.join(slower)}" if slower else "")
+    }
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
