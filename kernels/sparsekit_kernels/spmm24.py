@@ -151,7 +151,7 @@ class Config:
 CONFIGS = {
     "16-bit, M <= 16": Config(BLOCK_M=16, BLOCK_N=64, BLOCK_G=32, num_warps=4, num_stages=4),
     "16-bit, M <= 32": Config(BLOCK_M=32, BLOCK_N=64, BLOCK_G=32, num_warps=4, num_stages=4),
-    "16-bit, M <= 64": Config(BLOCK_M=64, BLOCK_N=64, BLOCK_G=32, num_warps=4, num_stages=3),
+    "16-bit, M <= 64": Config(BLOCK_M=64, BLOCK_N=128, BLOCK_G=32, num_warps=8, num_stages=3),
     "fp32": Config(BLOCK_M=16, BLOCK_N=64, BLOCK_G=16, num_warps=4, num_stages=3),
 }
 DECOMPRESS = {"BLOCK_N": 16, "BLOCK_G": 64, "num_warps": 4}
