@@ -1,0 +1,70 @@
+"""What a method may know about the inputs of a layer; gathered in fp32 whatever the model's dtype."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+
+class Statistics(ABC):
+    """Sums over all tokens that a layer saw."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.in_features = in_features
+        self.num_tokens = 0
+
+    def add(self, x_MK: Tensor) -> None:
+        """Take in M tokens of K features."""
+        self.num_tokens += x_MK.shape[0]
+        self._add(x_MK.float())
+
+    @abstractmethod
+    def _add(self, x_MK: Tensor) -> None: ...
+
+    @property
+    @abstractmethod
+    def column_norms(self) -> Tensor:
+        """Norm of each input feature over the tokens, fp32 [K]: sqrt(sum over tokens of x_k^2)."""
+
+    def is_finite(self) -> bool:
+        """Return whether no NaN or infinity came in."""
+        return bool(self.column_norms.isfinite().all())
+
+
+class ColumnNorms(Statistics):
+    """Norms of the input features: K numbers."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        super().__init__(in_features, device)
+        self._squares = torch.zeros(in_features, dtype=torch.float32, device=device)
+
+    def _add(self, x_MK: Tensor) -> None:
+        self._squares += x_MK.square().sum(dim=0)
+
+    @property
+    def column_norms(self) -> Tensor:
+        return self._squares.sqrt()
+
+
+class Hessian(Statistics):
+    """H = sum over tokens of x x^T, fp32 [K, K]: half the second derivative of |W X - W' X|^2 in each row of W'.
+
+    Attributes:
+        matrix: H.
+        factors: what was derived from the finished H, by damping, for the layers that share it.
+    """
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        super().__init__(in_features, device)
+        self.matrix = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self.factors: dict[float, object] = {}
+
+    def _add(self, x_MK: Tensor) -> None:
+        self.matrix.addmm_(x_MK.T, x_MK)
+
+    @property
+    def column_norms(self) -> Tensor:
+        return self.matrix.diagonal().sqrt()
+
+    def is_finite(self) -> bool:
+        return bool(self.matrix.diagonal().isfinite().all())

@@ -1,0 +1,117 @@
+"""What a one-shot method is: a frozen config that looks at one layer at a time."""
+
+import dataclasses
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from torch import Tensor
+
+from sparsekit.calibration.statistics import Statistics
+from sparsekit.patterns import Pattern, check_sparsity, parse_pattern
+from sparsekit.registry import Registry, unknown
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a method makes of one layer.
+
+    Attributes:
+        keep: boolean [N, K], True = kept.
+        weight: new weight, fp32 [N, K], zero where not kept; None where the kept entries stay as they are.
+        notes: what happened that a reader must know, without the layer's name.
+    """
+
+    keep: Tensor
+    weight: Tensor | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneShot(ABC):
+    """Config of a method that prunes a layer from its weight and statistics of its inputs.
+
+    Attributes:
+        pattern: which zeros are legal: "2:4", any "N:M", "64x64" (blocks) or "unstructured".
+        sparsity: share of each layer's weights to remove. N:M fixes it, and takes the
+            default, 0.5, for what it says.
+    """
+
+    pattern: str = "2:4"
+    sparsity: float = 0.5
+
+    name: ClassVar[str]
+    statistics: ClassVar[type[Statistics] | None] = None
+    """What the method must know about a layer's inputs; None where it needs no data."""
+    updates_weights: ClassVar[bool] = False
+    """Whether kept weights change too."""
+
+    def __post_init__(self) -> None:
+        parsed = parse_pattern(self.pattern)
+        if isinstance(self.sparsity, bool) or not isinstance(self.sparsity, int | float):
+            raise ValueError(
+                f"sparsity={self.sparsity!r} is not a number: use a share of the weights to remove, as 0.5"
+            )
+        check_sparsity(self.sparsity)
+        fixed = parsed.fixed_sparsity()
+        if fixed is not None and self.sparsity != 0.5 and abs(self.sparsity - fixed) > 5e-4:
+            raise ValueError(
+                f"pattern {parsed} removes {fixed:.3g} of the weights, and sparsity={self.sparsity} was asked for: "
+                "leave sparsity out, or choose another pattern"
+            )
+        object.__setattr__(self, "pattern", str(parsed))
+        object.__setattr__(self, "sparsity", float(self.sparsity if fixed is None else fixed))
+
+    @abstractmethod
+    def decide(self, w_NK: Tensor, statistics: Statistics | None) -> Decision:
+        """Return what to keep of a weight.
+
+        Args:
+            w_NK: the weight, fp32 [N, K]; not to be changed.
+            statistics: of the layer's inputs, of the kind that `statistics` names.
+        """
+
+    @property
+    def parsed_pattern(self) -> Pattern:
+        return parse_pattern(self.pattern)
+
+    def project(self, scores: Tensor) -> Tensor:
+        """Return the legal `keep` [N, K] with the largest total score, at this config's sparsity."""
+        pattern = self.parsed_pattern
+        return (
+            pattern.project(scores) if pattern.fixed_sparsity() is not None else pattern.project(scores, self.sparsity)
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields, fit for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Self:
+        """Return the config that `to_dict` described."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in fields:
+            if name not in known:
+                raise ValueError(unknown(f"field of {cls.__name__}", name, known))
+        return cls(**fields)
+
+
+METHODS: Registry[type[OneShot]] = Registry("method")
+"""Method name -> config class."""
+
+
+def method_config(method: str | OneShot, **fields: Any) -> OneShot:
+    """Return the config that a name stands for, or the config itself.
+
+    Raises:
+        ValueError: no method has this name, or `method` is neither.
+    """
+    if isinstance(method, str):
+        return METHODS.get(method.strip().lower()).from_dict(fields)
+    if isinstance(method, OneShot):
+        return method
+    given = f"{method.__name__} itself" if isinstance(method, type) else f"a {type(method).__name__}"
+    raise ValueError(
+        f"method is {given}: pass a name ({', '.join(map(repr, METHODS))}) "
+        "or a config object, as SparseGPT(pattern='2:4')"
+    )

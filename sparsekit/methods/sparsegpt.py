@@ -1,0 +1,131 @@
+"""SparseGPT (arXiv 2301.00774): remove weights, and let those that stay make up for it.
+
+Column by column: the removed entries of column k leave the error e = w_k / U_kk in each row, and the columns after it
+take W[:, k+1:] -= e U[k, k+1:], the exact least-squares answer for the columns not yet fixed (eq. 3 and algorithm 1).
+U is from `inverse_factor`. What to remove is chosen as the columns come, from the weights as updated so far, by
+w^2 / U_kk^2: for N:M in each group as it is reached, for the unstructured pattern in each block of `block_size`
+columns, across all rows. Blocks of weights are chosen before the walk, by the joint error of a whole tile.
+
+The weight is held as [K, N], so that a column is contiguous, and updates are lazy on two levels: a column at once
+reaches only the columns of its strip; a strip then reaches its block, and a block the rest, as matrix products.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsekit.calibration.statistics import Hessian, Statistics
+from sparsekit.methods.base import METHODS, Decision, OneShot
+from sparsekit.methods.inverse_factor import InverseFactor, inverse_factor
+from sparsekit.methods.wanda import Wanda
+from sparsekit.patterns import NM, Block, Unstructured
+
+_STRIP = 32
+"""Columns that a single removed column reaches at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseGPT(OneShot):
+    """Pruning with compensation by the layer's Hessian; kept weights change.
+
+    Attributes:
+        dampening_frac: share of the mean diagonal of H that is added to it (section 3.4 and the official code: 0.01).
+        block_size: columns that are updated together, and, for "unstructured", chosen together (table 7: 128).
+    """
+
+    dampening_frac: float = 0.01
+    block_size: int = 128
+
+    name = "sparsegpt"
+    statistics = Hessian
+    updates_weights = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.dampening_frac < float("inf"):
+            raise ValueError(f"dampening_frac={self.dampening_frac} must be at least 0, as 0.01")
+        if not isinstance(self.block_size, int) or self.block_size < 1:
+            raise ValueError(f"block_size={self.block_size!r} must be a whole number of columns, as 128")
+
+    def decide(self, w_NK: Tensor, statistics: Statistics | None) -> Decision:
+        assert isinstance(statistics, Hessian), "SparseGPT needs the Hessian of the inputs"
+        factor = None if bool((statistics.column_norms == 0).all()) else inverse_factor(statistics, self.dampening_frac)
+        if factor is None:
+            return self._fall_back(w_NK, statistics, "its Hessian could not be factored")
+        w_KN = w_NK.T.clone(memory_format=torch.contiguous_format)
+        w_KN[factor.dead] = 0
+        keep_KN = self._prune_(w_KN, factor)
+        if not w_KN.isfinite().all():
+            return self._fall_back(w_NK, statistics, "its update overflowed")
+        notes = [factor.note] if factor.note else []
+        if num_dead := int(factor.dead.sum()):
+            notes.append(
+                f"{num_dead} of {factor.dead.numel()} input features were always zero: their weights are now 0"
+            )
+        return Decision(keep_KN.T.contiguous(), w_KN.T, tuple(notes))
+
+    def _fall_back(self, w_NK: Tensor, statistics: Statistics, reason: str) -> Decision:
+        wanda = Wanda(pattern=self.pattern, sparsity=self.sparsity).decide(w_NK, statistics)
+        return Decision(wanda.keep, None, (f"{reason}: pruned by Wanda, without an update",))
+
+    def _prune_(self, w_KN: Tensor, factor: InverseFactor) -> Tensor:
+        """Remove and compensate in place; return `keep` as [K, N]."""
+        U, pattern = factor.U, self.parsed_pattern
+        K, N = w_KN.shape
+        group = pattern.m if isinstance(pattern, NM) else 1
+        keep_KN = self._choose_tiles(w_KN, U) if isinstance(pattern, Block) else torch.ones_like(w_KN, dtype=torch.bool)
+        errors = torch.empty_like(w_KN)
+        num_removed = 0
+        for block in _spans(0, K, self.block_size, group):
+            if isinstance(pattern, Unstructured):
+                due = round(self.sparsity * block.stop * N) - num_removed
+                scores_NK = (w_KN[block] / U.diagonal()[block, None]).square().T
+                keep_KN[block] = pattern.project(scores_NK, due / scores_NK.numel()).T
+                num_removed += due
+            for strip in _spans(block.start, block.stop, _STRIP, group):
+                self._prune_strip_(w_KN[strip], U[strip, strip], keep_KN[strip], errors[strip])
+                w_KN[strip.stop : block.stop].addmm_(U[strip, strip.stop : block.stop].T, errors[strip], alpha=-1)
+            w_KN[block.stop :].addmm_(U[block, block.stop :].T, errors[block], alpha=-1)
+        return keep_KN
+
+    def _prune_strip_(self, w_KN: Tensor, U: Tensor, keep_KN: Tensor, errors: Tensor) -> None:
+        pattern = self.parsed_pattern
+        diagonal = U.diagonal().tolist()
+        for k, pivot in enumerate(diagonal):
+            if isinstance(pattern, NM) and k % pattern.m == 0:
+                group = slice(k, k + pattern.m)
+                keep_KN[group] = _keep_largest_of_columns((w_KN[group] / U.diagonal()[group, None]).square(), pattern.n)
+            torch.mul(w_KN[k], ~keep_KN[k], out=errors[k]).div_(pivot)
+            w_KN[k].mul_(keep_KN[k])
+            w_KN[k + 1 :].addr_(U[k, k + 1 :], errors[k], alpha=-1)
+
+    def _choose_tiles(self, w_KN: Tensor, U: Tensor) -> Tensor:
+        """Return `keep` [K, N] without the tiles whose removal costs least: w (H^-1 of the tile)^-1 w^T, by row."""
+        pattern = self.parsed_pattern
+        assert isinstance(pattern, Block)
+        costs = torch.zeros_like(w_KN)
+        for span in _spans(0, w_KN.shape[0], pattern.columns, 1):
+            factor = torch.linalg.cholesky(U[:, span].T @ U[:, span])
+            costs[span] = torch.linalg.solve_triangular(factor, w_KN[span], upper=False).square()
+        return pattern.project(costs.T, self.sparsity).T.contiguous()
+
+
+def _spans(start: int, stop: int, size: int, multiple_of: int) -> Iterator[slice]:
+    """Cut start..stop into spans of about `size`, each but the last a multiple of `multiple_of`."""
+    size = max(size // multiple_of, 1) * multiple_of
+    for first in range(start, stop, size):
+        yield slice(first, min(first + size, stop))
+
+
+def _keep_largest_of_columns(scores: Tensor, n: int) -> Tensor:
+    """Return the `n` largest of each column of [m, N]; among equals the lower index."""
+    m = scores.shape[0]
+    above = scores[:, None] > scores[None, :]  # [other, self, N]
+    earlier = torch.ones(m, m, dtype=torch.bool, device=scores.device).triu(1)[..., None]
+    above |= (scores[:, None] == scores[None, :]) & earlier
+    return above.sum(dim=0, dtype=torch.int32) < n
+
+
+METHODS.register("sparsegpt", SparseGPT)

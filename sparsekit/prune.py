@@ -1,0 +1,201 @@
+"""Decide what goes, layer by layer, with data where the method needs it."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsekit.archs import find_blocks
+from sparsekit.calibration import Statistics, Walk, load_samples
+from sparsekit.errors import NonFiniteError
+from sparsekit.masks import Mask
+from sparsekit.methods import Decision, Magnitude, OneShot, method_config
+from sparsekit.patterns import NM
+from sparsekit.plan import MadeBy, Plan
+from sparsekit.progress import Progress, progress_bar
+from sparsekit.targets import Entry, find_targets, set_weight_NK_, weight_NK
+from sparsekit.version import __version__
+
+
+def prune_(
+    model: nn.Module,
+    method: str | OneShot,
+    *,
+    dataset: Any = None,
+    tokenizer: Any = None,
+    targets: Iterable[Entry] | Entry = ("Linear",),
+    ignore: Iterable[Entry] | Entry = ("lm_head",),
+    num_calibration_samples: int = 128,
+    max_seq_length: int = 2048,
+    batch_size: int = 1,
+    seed: int = 0,
+    progress: bool = True,
+) -> Plan:
+    """Prune the model's linear layers in place, and return the plan: what was kept, by which method, from what data.
+
+    Layers stay what they are, with exact zeros where weights were removed. Calibrated methods go block by block, each
+    block on the outputs of the pruned ones before it.
+
+    All or nothing: whatever ends the call early, Ctrl-C too, leaves the model bit for bit as it was. To that end each
+    weight is copied to the CPU before it changes, which in the end takes as much CPU memory as the pruned layers do.
+
+    Args:
+        model: a transformers model, or any `nn.Module` with linear layers.
+        method: "magnitude", "wanda", "sparsegpt", or a config, as `SparseGPT(pattern="2:4")`.
+        dataset: calibration data; see `load_samples` for all that is accepted. Magnitude needs none.
+        tokenizer: for a dataset of text.
+        targets: which layers; see `find_targets`.
+        ignore: which of them not.
+        num_calibration_samples: samples used, at most.
+        max_seq_length: tokens a sample, at most.
+        batch_size: samples run together.
+        seed: of the choice of samples. The same seed gives the same weights, bit for bit, on the same machine.
+        progress: show a bar.
+    Raises:
+        ValueError: a wrong argument, or a method that needs data and got none.
+        NonFiniteError: weights or activations hold NaN or infinity.
+    """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    config = method_config(method)
+    layers = find_targets(model, targets, ignore)
+    if config.statistics is not None and dataset is None:
+        raise ValueError(
+            f"{config.name} needs calibration data: pass dataset=[...texts...] and tokenizer=..., "
+            "a list of token tensors, or use method='magnitude'"
+        )
+    _refuse_non_finite(layers)
+    made_by = MadeBy(config.name, config.to_dict(), _name_of(model), "", seed, _versions(), config.updates_weights)
+    plan = Plan(made_by=made_by, notes=_notes_on_model(model, layers, config))
+    with _restored_on_failure(layers) as before_change:
+        pruner = _Pruner(config, plan, before_change)
+        if config.statistics is None:
+            with progress_bar(f"{config.name} {config.pattern}", len(layers), progress) as bar:
+                pruner.prune_(layers, {}, bar)
+        else:
+            samples = load_samples(
+                dataset,
+                model,
+                tokenizer,
+                num_samples=num_calibration_samples,
+                max_length=max_seq_length,
+                batch_size=batch_size,
+                seed=seed,
+            )
+            made_by.data_digest = samples.digest
+            with Walk(model, layers, samples.batches) as walk:
+                with progress_bar(f"{config.name} {config.pattern}", len(walk.steps), progress) as bar:
+                    for step in walk.steps:
+                        bar.advance(0, str(step))
+                        if step.layers:
+                            pruner.prune_(step.layers, walk.measure(step, config.statistics))
+                        walk.finish(step)
+                        bar.advance()
+    plan.masks = {name: plan.masks[name] for name in layers}
+    plan.notes += pruner.notes()
+    return plan
+
+
+class _Pruner:
+    """Applies one method to layers, and gathers masks and notes."""
+
+    def __init__(self, config: OneShot, plan: Plan, before_change: Any) -> None:
+        self.config, self.plan, self.before_change = config, plan, before_change
+        self._said: dict[str, list[str]] = {}
+
+    def prune_(
+        self, layers: dict[str, nn.Module], statistics: dict[str, Statistics | None], bar: Progress | None = None
+    ) -> None:
+        # In the order in which the layers ran, so that those that share statistics follow one another.
+        for name in statistics or layers:
+            layer = layers[name]
+            decision = self._decide(weight_NK(layer).float(), statistics.get(name))
+            w_NK = _pruned(weight_NK(layer), decision)
+            if not w_NK.isfinite().all():
+                raise NonFiniteError(
+                    f"the pruned weight of {name} does not fit {w_NK.dtype}: prune the model in bfloat16"
+                )
+            self.before_change(name)
+            set_weight_NK_(layer, w_NK)
+            self.plan.masks[name] = Mask(self.config.parsed_pattern, decision.keep).to("cpu")
+            for note in decision.notes:
+                self._said.setdefault(note, []).append(name)
+            if bar is not None:
+                bar.advance(1, name)
+
+    def _decide(self, w_NK: Tensor, statistics: Statistics | None) -> Decision:
+        with torch.no_grad():
+            if self.config.statistics is None or statistics is not None:
+                return self.config.decide(w_NK, statistics)
+            keep = Magnitude(pattern=self.config.pattern, sparsity=self.config.sparsity).decide(w_NK).keep
+        return Decision(keep, None, ("no calibration token reached it: pruned by magnitude",))
+
+    def notes(self) -> list[str]:
+        return [f"{_some(names)}: {note}" for note, names in self._said.items()]
+
+
+def _pruned(w_NK: Tensor, decision: Decision) -> Tensor:
+    new = w_NK if decision.weight is None else decision.weight.to(w_NK.dtype)
+    return new.masked_fill(~decision.keep, 0)
+
+
+@contextmanager
+def _restored_on_failure(layers: dict[str, nn.Module]) -> Iterator[Any]:
+    """Yield a function to call before a layer's weight changes; if the body fails, put those weights back."""
+    backups: dict[str, Tensor] = {}
+
+    def before_change(name: str) -> None:
+        backups[name] = weight_NK(layers[name]).to("cpu", copy=True)
+
+    try:
+        yield before_change
+    except BaseException:
+        for name, w_NK in backups.items():
+            set_weight_NK_(layers[name], w_NK)
+        raise
+
+
+def _refuse_non_finite(layers: dict[str, nn.Module]) -> None:
+    for name, layer in layers.items():
+        if not bool(weight_NK(layer).isfinite().all()):
+            raise NonFiniteError(f"the weight of {name} holds NaN or infinity: load a sound checkpoint first")
+
+
+def _notes_on_model(model: nn.Module, layers: dict[str, nn.Module], config: OneShot) -> list[str]:
+    notes = []
+    pattern = config.parsed_pattern
+    if isinstance(pattern, NM):
+        odd = [name for name, layer in layers.items() if weight_NK(layer).shape[1] % pattern.m]
+        if odd:
+            notes.append(
+                f"{_some(odd)}: in_features is no multiple of {pattern.m}, so the last group of each row is shorter"
+            )
+    blocks = [block for names in find_blocks(model, layers).values() for block in names]
+    stacked = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 3 and any(name.startswith(f"{block}.") for block in blocks)
+    ]
+    if stacked:
+        notes.append(f"{_some(stacked)}: stacked expert weights are no Linear layers and stay dense")
+    return notes
+
+
+def _name_of(model: nn.Module) -> str:
+    return str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
+
+
+def _versions() -> dict[str, str]:
+    found = {"sparsekit": __version__}
+    for name, package in (("torch", "torch"), ("transformers", "transformers")):
+        try:
+            found[name] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _some(names: list[str], limit: int = 3) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

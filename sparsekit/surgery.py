@@ -1,0 +1,56 @@
+"""A plan made true in plain torch: the reference that everything faster is compared with."""
+
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from sparsekit.plan import Plan
+from sparsekit.registry import unknown
+from sparsekit.targets import is_linear, weight_NK
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def apply_(model: M, plan: Plan) -> M:
+    """Zero the weights that the plan removes, and return the model, the same object.
+
+    Layers keep their class, dtype and device, and stay trainable. Applying twice changes nothing more; after training
+    it brings the zeros back. Nothing changes unless the whole plan fits.
+
+    Raises:
+        ValueError: the plan names layers that the model lacks, that are no linear layers or have another shape; or
+            the method also updated kept weights, and this model does not hold the updated ones.
+    """
+    layers = {name: _layer(model, name, plan.masks[name].shape) for name in plan.masks}
+    if plan.made_by.updates_weights:
+        _refuse_without_update(layers, plan)
+    with torch.no_grad():
+        for name, layer in layers.items():
+            w_NK = weight_NK(layer)
+            w_NK.masked_fill_(~plan.masks[name].to(w_NK.device).keep, 0)
+    return model
+
+
+def _layer(model: nn.Module, name: str, shape: tuple[int, int]) -> nn.Module:
+    layers = dict(model.named_modules())
+    if name not in layers:
+        linears = [known for known, module in layers.items() if is_linear(module)]
+        raise ValueError(f"the plan does not fit this model: {unknown('layer', name, linears[:20])}")
+    layer = layers[name]
+    if not is_linear(layer):
+        raise ValueError(f"the plan's layer {name} is a {type(layer).__name__} here: unpack_ a packed model first")
+    found = tuple(weight_NK(layer).shape)
+    if found != shape:
+        raise ValueError(f"the plan's layer {name} is {shape[0]}x{shape[1]}, and {found[0]}x{found[1]} in this model")
+    return layer
+
+
+def _refuse_without_update(layers: dict[str, nn.Module], plan: Plan) -> None:
+    for name, layer in layers.items():
+        w_NK = weight_NK(layer)
+        if bool((w_NK != 0).logical_and_(~plan.masks[name].to(w_NK.device).keep).any()):
+            raise ValueError(
+                f"{plan.made_by.method} also updated the weights that it kept, and {name} does not hold the update: "
+                "apply this plan to the model that prune_ ran on, or to one loaded from a save of it"
+            )
