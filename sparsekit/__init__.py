@@ -1,12 +1,65 @@
-"""Make transformers smaller and really faster: from a mask to a measured speed-up."""
+"""Make transformers smaller and really faster: from a mask to a measured speed-up.
 
+    import sparsekit as sk
+
+    model = sk.sparsify(model, "2:4", dataset=texts, tokenizer=tokenizer)   # prune, pack, check
+    print(sk.benchmark(model))                                              # dense against sparse, on this machine
+    sk.save(model, "my-model-2of4")
+
+Importing this package loads neither transformers nor Triton and touches no device; it only arranges that
+`from_pretrained` reads packed checkpoints.
+"""
+
+from sparsekit.benchmarking import benchmark
 from sparsekit.check import check, explain
 from sparsekit.checkpoint import load, save
+from sparsekit.doctor import doctor
+from sparsekit.errors import CheckpointError, NonFiniteError, PatternError, SparsekitError, Unsupported
+from sparsekit.evaluate import perplexity
 from sparsekit.hf.register import register as _register_with_transformers
+from sparsekit.masks import Mask
+from sparsekit.methods import METHODS, Magnitude, SparseGPT, Wanda
 from sparsekit.nn import SparseLinear
 from sparsekit.pack import pack_, unpack_
+from sparsekit.patterns import NM, Block, Pattern, Unstructured
+from sparsekit.plan import Plan
+from sparsekit.prune import prune_
+from sparsekit.report import Report
+from sparsekit.sparsify import sparsify
+from sparsekit.surgery import apply_
 from sparsekit.version import __version__
 
 _register_with_transformers()
 
-__all__ = ["SparseLinear", "__version__", "check", "explain", "load", "pack_", "save", "unpack_"]
+__all__ = [
+    "METHODS",
+    "NM",
+    "Block",
+    "CheckpointError",
+    "Magnitude",
+    "Mask",
+    "NonFiniteError",
+    "Pattern",
+    "PatternError",
+    "Plan",
+    "Report",
+    "SparseGPT",
+    "SparseLinear",
+    "SparsekitError",
+    "Unstructured",
+    "Unsupported",
+    "Wanda",
+    "__version__",
+    "apply_",
+    "benchmark",
+    "check",
+    "doctor",
+    "explain",
+    "load",
+    "pack_",
+    "perplexity",
+    "prune_",
+    "save",
+    "sparsify",
+    "unpack_",
+]

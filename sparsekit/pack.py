@@ -66,23 +66,35 @@ def pack_(
                 packed.append(name)
                 _replace(model, name, sparse)
                 bar.advance()
-        describe_packed_(model, {name: cast(SparseLinear, model.get_submodule(name)) for name in _sparse_names(model)})
+        describe_packed_(model, sparse_layers(model))
     except BaseException:
-        _unpack_layers(model, packed)
+        replace_by_dense_(model, packed)
         raise
     return model
 
 
 def unpack_(model: nn.Module) -> nn.Module:
     """Replace every `SparseLinear` by the dense layer it stands for, zeros included; return the same model."""
-    _unpack_layers(model, list(_sparse_names(model)))
-    forget_packed_(model)
+    replace_by_dense_(model, list(sparse_layers(model)))
     return model
 
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
     """Return qualified name -> packed layer."""
     return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+
+
+def replace_by_dense_(model: nn.Module, names: list[str]) -> None:
+    """Replace the named packed layers by dense ones."""
+    for name in names:
+        layer = model.get_submodule(name)
+        assert isinstance(layer, SparseLinear)
+        _replace(model, name, dense_layer(layer))
+    remaining = sparse_layers(model)
+    if remaining:
+        describe_packed_(model, remaining)
+    else:
+        forget_packed_(model)
 
 
 def dense_layer(layer: SparseLinear, w_NK: Tensor | None = None) -> nn.Module:
@@ -162,14 +174,3 @@ def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
     for hooks in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"):
         getattr(new, hooks).update(getattr(old, hooks))
     parent._modules[attribute] = new
-
-
-def _sparse_names(model: nn.Module) -> list[str]:
-    return list(sparse_layers(model))
-
-
-def _unpack_layers(model: nn.Module, names: list[str]) -> None:
-    for name in names:
-        layer = model.get_submodule(name)
-        if isinstance(layer, SparseLinear):
-            _replace(model, name, dense_layer(layer))

@@ -9,12 +9,16 @@ from sparsekit.backends import BACKENDS
 from sparsekit.check import check
 from sparsekit.errors import SparsekitError
 from sparsekit.formats import FORMATS
+from sparsekit.methods import METHODS, OneShot, method_config
 from sparsekit.pack import pack_
-from sparsekit.patterns import Pattern, parse_pattern
+from sparsekit.patterns import NM, Block, Pattern, parse_pattern
 from sparsekit.prune import prune_
 from sparsekit.snapshot import restored_on_failure
 from sparsekit.surgery import apply_
-from sparsekit.targets import find_targets
+from sparsekit.targets import find_targets, weight_NK
+
+
+DEFAULT_PATTERN = NM(2, 4)
 
 
 def sparsify(
@@ -43,8 +47,8 @@ def sparsify(
         pattern: "2:4", any "N:M", "64x64" (blocks) or "unstructured". Only 2:4 (and what is sparser in the same
             groups, as "1:4") has a packed format; weights of the other patterns stay dense, with zeros, and
             `sparsekit.check` says so.
-        method: "magnitude", "wanda", "sparsegpt", or a config object such as `sparsekit.SparseGPT(...)`, which then
-            also names the pattern. None: SparseGPT when there is a dataset, magnitude when there is none.
+        method: "magnitude", "wanda", "sparsegpt", or a config object such as `sparsekit.SparseGPT(pattern="4:8")`, whose
+            pattern counts where `pattern` is left at its default. None: SparseGPT when there is a dataset, magnitude when there is none.
         dataset: calibration data: strings, token tensors, a `datasets.Dataset`, a DataLoader, or a path to
             .txt/.jsonl/.parquet.
         tokenizer: turns strings into tokens.
@@ -67,16 +71,18 @@ def sparsify(
     wanted = parse_pattern(pattern)
     if constraints is not None:
         raise ValueError(f"constraints={constraints!r}: one-shot methods take no budget; leave it out and set sparsity")
-    _check_names(format, backend)
-    config = choose_method(method, wanted, sparsity, has_data=dataset is not None)
+    if format != "auto":
+        FORMATS.get(format)
+    if backend != "auto":
+        BACKENDS.get(backend)
+    layers = find_targets(model, targets, ignore)
     with restored_on_failure(model):
-        layers = find_targets(model, targets, ignore)
-        if method is None and already_obeys(layers, wanted):
-            pack_(model, format, backend, progress=progress)
+        if method is None and _obey(layers, wanted):
+            plan = None
         else:
             plan = prune_(
                 model,
-                config,
+                _choose_method(method, wanted, sparsity, has_data=dataset is not None),
                 dataset=dataset,
                 tokenizer=tokenizer,
                 targets=targets,
@@ -90,9 +96,49 @@ def sparsify(
             apply_(model, plan)
             for note in plan.notes:
                 warnings.warn(note, stacklevel=2)
-            if has_packed_format(config.pattern):
-                pack_(model, format, backend, progress=progress)
-        report = check(model)
+        if _has_packed_format(layers):
+            pack_(model, format, backend, progress=progress)
+        else:
+            warnings.warn(
+                f"no packed format runs {wanted} weights faster: the layers stay dense, with zeros, and cost the same "
+                "time and memory as before. Use pattern='2:4' for speed",
+                stacklevel=2,
+            )
+        report = check(model, plan)
         if not report.ok:
             raise SparsekitError(f"the result does not hold what was asked for:\n{report}")
     return model
+
+
+def _choose_method(method: Any, pattern: Pattern, sparsity: float, has_data: bool) -> OneShot:
+    """Return the config that `method` means; the pattern of a config object must be the one asked for."""
+    if method is None:
+        if not has_data:
+            warnings.warn(
+                "no dataset: pruned by magnitude, which at 2:4 costs far more quality than SparseGPT does with as few "
+                "as 128 samples of text. Pass dataset= and tokenizer=",
+                stacklevel=3,
+            )
+        method = "sparsegpt" if has_data and not isinstance(pattern, Block) else "wanda" if has_data else "magnitude"
+    if isinstance(method, str):
+        return METHODS.get(method)(pattern=str(pattern), sparsity=sparsity)
+    config = method_config(method)
+    if config.parsed_pattern != pattern and pattern != DEFAULT_PATTERN:
+        raise ValueError(f"pattern={str(pattern)!r}, and method asks for {config.pattern!r}: give both the same")
+    return config
+
+
+def _obey(layers: dict[str, nn.Module], pattern: Pattern) -> bool:
+    """Return whether every weight obeys an N:M pattern already, as after sparse training or another tool."""
+    return isinstance(pattern, NM) and all(
+        pattern.count_violations(weight_NK(layer) != 0) == 0 for layer in layers.values()
+    )
+
+
+def _has_packed_format(layers: dict[str, nn.Module]) -> bool:
+    return any(
+        FORMATS.get(name).count_violations(weight_NK(layer))[0] == 0
+        for layer in layers.values()
+        for name in FORMATS
+        if weight_NK(layer).dtype in FORMATS.get(name).dtypes
+    )

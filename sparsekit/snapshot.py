@@ -1,0 +1,58 @@
+"""All or nothing: the weights as they were, for when something fails half-way."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from torch import Tensor, nn
+
+from sparsekit.nn import SparseLinear
+from sparsekit.pack import replace_by_dense_, sparse_layers
+from sparsekit.targets import set_weight_NK_, weight_NK
+
+
+class Snapshot:
+    """Copies, on the CPU, of weights about to change."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._packed_before = set(sparse_layers(model))
+        self._weights: dict[str, Tensor] = {}
+
+    def remember(self, name: str) -> None:
+        """Keep the weight of the linear layer `name` as it is now; the first call for a layer counts."""
+        if name not in self._weights:
+            self._weights[name] = weight_NK(self.model.get_submodule(name)).to("cpu", copy=True)
+
+    def restore(self) -> None:
+        """Turn layers packed since back into dense ones, and put every remembered weight back, bit for bit."""
+        packed_since = [name for name in sparse_layers(self.model) if name not in self._packed_before]
+        replace_by_dense_(self.model, packed_since)
+        for name, w_NK in self._weights.items():
+            layer = self.model.get_submodule(name)
+            assert not isinstance(layer, SparseLinear)
+            set_weight_NK_(layer, w_NK)
+
+
+_open: ContextVar[Snapshot | None] = ContextVar("sparsekit_snapshot", default=None)
+
+
+@contextmanager
+def restored_on_failure(model: nn.Module) -> Iterator[Snapshot]:
+    """Yield a snapshot to fill; whatever ends the body early, Ctrl-C too, the model is put back.
+
+    Inside another such block for the same model, that block's snapshot is used: one copy of the weights, not two.
+    """
+    outer = _open.get()
+    if outer is not None and outer.model is model:
+        yield outer
+        return
+    snapshot = Snapshot(model)
+    token = _open.set(snapshot)
+    try:
+        yield snapshot
+    except BaseException:
+        snapshot.restore()
+        raise
+    finally:
+        _open.reset(token)
