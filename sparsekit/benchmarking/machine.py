@@ -149,12 +149,9 @@ def _cpu_model() -> str:
 
 def _isa() -> str:
     """The instruction set that our CPU kernel runs on, else torch's own."""
-    try:
-        from sparsekit_kernels import cpu
+    from sparsekit_kernels import cpu
 
-        return str(cpu.isa())
-    except (ImportError, AttributeError, OSError, RuntimeError):
-        return torch.backends.cpu.get_cpu_capability()
+    return cpu.isa() if cpu.why_not() is None else torch.backends.cpu.get_cpu_capability()
 
 
 def _version(distribution: str) -> str | None:

@@ -1,0 +1,5 @@
+"""`python -m sparsekit.cli`."""
+
+from sparsekit.cli import main
+
+main()

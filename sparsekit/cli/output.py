@@ -1,0 +1,123 @@
+"""What a command shows, and what it writes to `--json`; errors become exit statuses here."""
+
+import json
+import math
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+import typer
+
+from sparsekit.benchmarking import environment
+from sparsekit.errors import SparsekitError
+from sparsekit.files import replace_file
+from sparsekit.report import Report
+
+WIDTH_OF_FILES = 140
+
+
+class Output:
+    """Shows reports as they come, and keeps them for the JSON document.
+
+    Attributes:
+        progress: whether to show bars.
+    """
+
+    def __init__(self, command: str, json_path: str | None, quiet: bool) -> None:
+        from rich.console import Console
+
+        # Where the JSON goes to stdout, people read stderr.
+        stream = sys.stderr if json_path == "-" else sys.stdout
+        self.console = Console(file=stream, width=None if stream.isatty() else WIDTH_OF_FILES)
+        self.progress = not quiet
+        self.document: dict[str, Any] = {"command": command, "ok": True}
+        self._json_path = json_path
+
+    def add(self, name: str, report: Report, shown: Report | None = None) -> Report:
+        """Show a report and keep it as `name`; `shown` is what people see of it where that differs."""
+        (shown or report).print(self.console)
+        self.console.print()
+        self.document[name] = report.to_dict()
+        self.document["ok"] = self.document["ok"] and report.ok
+        return report
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False)
+
+    def warn(
+        self,
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        """Show a warning in one line, and keep ours."""
+        if category is UserWarning:
+            _complain(f"warning: {message}")
+            self.document.setdefault("warnings", []).append(str(message))
+
+    def write_json(self) -> None:
+        if self._json_path is None:
+            return
+        self.document["environment"] = environment()
+        text = json.dumps(_plain(self.document), indent=2, default=str)
+        if self._json_path == "-":
+            print(text)
+        else:
+            with replace_file(Path(self._json_path)) as temporary:
+                temporary.write_text(text + "\n", encoding="utf-8")
+
+
+@contextmanager
+def running(command: str, json_path: str | None, quiet: bool, debug: bool) -> Iterator[Output]:
+    """Yield the `Output` of one command, and end the process with the status that its outcome deserves.
+
+    ValueError and a missing file are the caller's mistakes, 2; everything else that goes wrong is 1.
+    """
+    output = Output(command, json_path, quiet)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = output.warn
+            yield output
+        status = 0 if output.document["ok"] else 1
+    except KeyboardInterrupt:
+        _complain("interrupted: nothing was left half-written")
+        raise typer.Exit(130) from None
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        mistake = isinstance(error, ValueError | FileNotFoundError | NotADirectoryError)
+        status = 2 if mistake and not isinstance(error, SparsekitError) else 1
+        message = _one_line(error)
+        _complain(message)
+        output.document |= {"ok": False, "error": message}
+    output.write_json()
+    if status:
+        raise typer.Exit(status)
+
+
+def _complain(message: str) -> None:
+    print(f"sparsekit: {message}", file=sys.stderr)
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    told = isinstance(error, SparsekitError | ValueError | OSError)
+    return text if told else f"{type(error).__name__}: {text} (--debug shows where)"
+
+
+def _plain(value: Any) -> Any:
+    """Return the value with what JSON cannot say, NaN and infinity, as text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,152 @@
+"""`sparsekit prune`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sparsekit as sk
+from sparsekit.backends import BACKENDS
+from sparsekit.benchmarking.models import memory_summary
+from sparsekit.cli.models import bytes_on_disk, load_model, load_tokenizer, need_file
+from sparsekit.cli.output import Output
+from sparsekit.evaluate import perplexity
+from sparsekit.methods import METHODS
+from sparsekit.pack import sparse_layers
+from sparsekit.patterns import parse_pattern
+from sparsekit.report import Report
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneOptions:
+    """The options of the command, by their names."""
+
+    model: str
+    out: str
+    pattern: str
+    method: str | None
+    dataset: str | None
+    eval_dataset: str | None
+    sparsity: float
+    targets: tuple[str, ...]
+    ignore: tuple[str, ...]
+    num_calibration_samples: int
+    max_seq_length: int
+    batch_size: int
+    backend: str
+    seed: int
+    packed: bool
+    dtype: str
+    device: str | None
+    bench: bool
+
+    def check(self) -> None:
+        """Raise ValueError or FileNotFoundError for what can be seen to be wrong before a model is loaded."""
+        parse_pattern(self.pattern)
+        need_file(self.dataset, "--dataset")
+        need_file(self.eval_dataset, "--eval-dataset")
+        if self.backend != "auto":
+            BACKENDS.get(self.backend)
+        if self.method is not None and METHODS.get(self.method).statistics is not None and self.dataset is None:
+            raise ValueError(
+                f"--method {self.method} needs calibration text: pass --dataset FILE, or --method magnitude"
+            )
+        out = Path(self.out)
+        if out.exists() and not out.is_dir():
+            raise NotADirectoryError(f"OUT {out} is a file: name a folder")
+        if Path(self.model).exists() and out.exists() and out.samefile(self.model):
+            raise ValueError("OUT is MODEL: name another folder, so that the dense weights stay")
+
+
+def run_prune(options: PruneOptions, output: Output) -> None:
+    """Load, prune, check, save, and time against the dense model."""
+    options.check()
+    model, notes = load_model(options.model, options.dtype, options.device)
+    needs_tokenizer = options.dataset or options.eval_dataset
+    tokenizer = load_tokenizer(options.model) if needs_tokenizer else _tokenizer_if_any(options.model)
+    quality = Report("Perplexity on " + str(options.eval_dataset))
+    if options.eval_dataset:
+        quality.rows.append(_quality("dense", model, tokenizer, options, output))
+    sk.sparsify(
+        model,
+        options.pattern,
+        method=options.method,
+        dataset=options.dataset,
+        tokenizer=tokenizer,
+        sparsity=options.sparsity,
+        targets=options.targets,
+        ignore=options.ignore,
+        num_calibration_samples=options.num_calibration_samples,
+        max_seq_length=options.max_seq_length,
+        batch_size=options.batch_size,
+        backend=options.backend,
+        seed=options.seed,
+        progress=output.progress,
+    )
+    if options.eval_dataset:
+        quality.rows.append(_quality("sparse", model, tokenizer, options, output))
+        output.add("quality", quality)
+    report = sk.check(model)
+    report.notes += notes
+    output.add("check", report, shown=_short_check(report))
+    is_packed = options.packed and bool(sparse_layers(model))
+    sk.save(model, options.out, packed=is_packed, tokenizer=tokenizer)
+    output.add("saved", saved_report(model, options.model, options.out, is_packed))
+    if options.packed and not is_packed:
+        output.say(f"{options.pattern} has no packed format: saved dense, with zeros; no speed-up is to be expected")
+    if options.bench:
+        output.add("benchmark", sk.benchmark(model, progress=output.progress, **fitting_lengths(model)))
+
+
+def fitting_lengths(model: torch.nn.Module) -> dict[str, Any]:
+    """Return prompt and decode lengths for a benchmark that the model can read; nothing where the defaults fit."""
+    config = getattr(model, "config", None)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None) if config is not None else None
+    if not limit or limit >= 160:
+        return {}
+    return {"prompt_length": max(1, limit // 2), "new_tokens": limit // 4}
+
+
+def saved_report(model: torch.nn.Module, source: str, out: str, packed: bool) -> Report:
+    """Return the sizes on disk of what was saved and of what it came from."""
+    memory = memory_summary(model)
+    written, source_bytes = bytes_on_disk(out) or 0, bytes_on_disk(source)
+    dense_bytes = memory["model, bytes dense"]
+    summary = {
+        "form": "packed: import sparsekit, then from_pretrained" if packed else "dense with zeros: opens anywhere",
+        "on disk, bytes": written,
+        "dense in the same dtype, bytes": dense_bytes,
+        "ratio": round(written / dense_bytes, 4),
+    }
+    if source_bytes:
+        summary["source on disk, bytes"] = source_bytes
+    return Report(f"Saved in {out}", summary=summary)
+
+
+def _quality(
+    side: str, model: torch.nn.Module, tokenizer: object, options: PruneOptions, output: Output
+) -> dict[str, object]:
+    found = perplexity(model, options.eval_dataset, tokenizer, progress=output.progress)
+    return {"model": side, "perplexity": found.value, "tokens/s": found.tokens_per_second, "tokens": found.num_tokens}
+
+
+def _short_check(report: Report) -> Report:
+    """The check for people: one line for each kind of layer."""
+    kinds: dict[tuple[object, ...], dict[str, object]] = {}
+    for row in report.rows:
+        name = str(row["layer"]).rpartition(".")[2]
+        key = (name, row["shape"], row["pattern"], row["sparsity"], row["finite"], row["backend"])
+        kind = kinds.setdefault(key, {"layers": 0, "name": name} | {k: row[k] for k in _SHOWN if k in row})
+        kind["layers"] = int(str(kind["layers"])) + 1
+    return Report(report.title, list(kinds.values()), report.summary, report.notes, report.ok)
+
+
+_SHOWN = ("shape", "pattern", "sparsity", "finite", "dense bytes", "bytes", "backend", "why")
+
+
+def _tokenizer_if_any(name: str) -> object | None:
+    try:
+        return load_tokenizer(name)
+    except FileNotFoundError:
+        return None
