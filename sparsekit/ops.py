@@ -2,10 +2,10 @@
 
 For each backend that runs `semi24` there are two:
 
-    sparsekit::linear24_<backend>(x, first, second, bias?, N, K) -> y      y = x @ W.T + bias, x [..., K], y [..., N]
-    sparsekit::dense24_<backend>(first, second, N, K) -> W                 the dense weight [N, K]
+    sparsekit::linear24_<backend>(x, first, second?, bias?, N, K) -> y     y = x @ W.T + bias, x [..., K], y [..., N]
+    sparsekit::dense24_<backend>(first, second?, N, K) -> W                the dense weight [N, K]
 
-where `first` and `second` are what the backend's `prepare` made. Both have fake kernels, the first has gradients for x
+where `first` and `second` are what the backend's `prepare` made (one tensor or two). Both have fake kernels, the first has gradients for x
 and bias, so that `torch.compile(fullgraph=True)`, CUDA graphs and `torch.export` see opaque calls with known shapes.
 
 They are defined through `torch.library.Library` and not `torch.library.custom_op`, whose Python wrapper costs more
@@ -25,18 +25,20 @@ from torch import Tensor
 
 _library = torch.library.Library("sparsekit", "DEF")
 
-Linear24 = Callable[[Tensor, Tensor, Tensor, Tensor | None, int, int], Tensor]
-Dense24 = Callable[[Tensor, Tensor, int, int], Tensor]
+# (x, first, second, bias, N, K) and (first, second, N, K); lambdas below, so the types are said here once.
+Linear24 = Callable[[Tensor, Tensor, Any, Tensor | None, int, int], Tensor]
+Dense24 = Callable[[Tensor, Any, int, int], Tensor]
 
 
 def _define(backend: str, linear: Linear24, dense: Dense24) -> tuple[Linear24, Dense24]:
     """Define both operators of a backend and return them ready to call."""
     linear_name, dense_name = f"linear24_{backend}", f"dense24_{backend}"
     tags = (torch.Tag.pt2_compliant_tag,)
-    _library.define(f"{linear_name}(Tensor x, Tensor first, Tensor second, Tensor? bias, int N, int K) -> Tensor", tags=tags)
-    _library.define(f"{dense_name}(Tensor first, Tensor second, int N, int K) -> Tensor", tags=tags)
+    weight = "Tensor first, Tensor? second"
+    _library.define(f"{linear_name}(Tensor x, {weight}, Tensor? bias, int N, int K) -> Tensor", tags=tags)
+    _library.define(f"{dense_name}({weight}, int N, int K) -> Tensor", tags=tags)
 
-    def checked_linear(x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None, N: int, K: int) -> Tensor:
+    def checked_linear(x: Tensor, first: Tensor, second: Tensor | None, bias: Tensor | None, N: int, K: int) -> Tensor:
         _check_input(x, first, K)
         return linear(x, first, second, bias, N, K)
 
@@ -46,12 +48,12 @@ def _define(backend: str, linear: Linear24, dense: Dense24) -> tuple[Linear24, D
     dense_op = getattr(torch.ops.sparsekit, dense_name).default
 
     @torch.library.register_fake(f"sparsekit::{linear_name}", lib=_library)
-    def _(x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None, N: int, K: int) -> Tensor:
+    def _(x: Tensor, first: Tensor, second: Tensor | None, bias: Tensor | None, N: int, K: int) -> Tensor:
         _check_input(x, first, K)
         return x.new_empty(*x.shape[:-1], N)
 
     @torch.library.register_fake(f"sparsekit::{dense_name}", lib=_library)
-    def _(first: Tensor, second: Tensor, N: int, K: int) -> Tensor:
+    def _(first: Tensor, second: Tensor | None, N: int, K: int) -> Tensor:
         return first.new_empty(N, K)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -68,7 +70,7 @@ def _define(backend: str, linear: Linear24, dense: Dense24) -> tuple[Linear24, D
 
     torch.library.register_autograd(f"sparsekit::{linear_name}", backward, setup_context=setup_context, lib=_library)
 
-    def call(x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None, N: int, K: int) -> Tensor:
+    def call(x: Tensor, first: Tensor, second: Tensor | None, bias: Tensor | None, N: int, K: int) -> Tensor:
         if _is_unwatched(x, bias):
             _check_input(x, first, K)
             return linear(x, first, second, bias, N, K)
@@ -120,4 +122,9 @@ linear24_cpu, dense24_cpu = _define(
     "cpu",
     lambda x, blocks, masks, bias, N, K: cpu.spmm24(x, blocks, masks, N, bias),
     lambda blocks, masks, N, K: decompress24(*cpu.restore(blocks, masks, N), K),
+)
+linear24_cusparselt, dense24_cusparselt = _define(
+    "cusparselt",
+    lambda x, packed, _, bias, N, K: _kernels("cusparselt").spmm24(x, packed, N, K, bias),
+    lambda packed, _, N, K: decompress24(*_kernels("cusparselt").restore(packed, N, K), K),
 )
