@@ -114,7 +114,7 @@ def _algorithm(packed: Tensor, x_MK: Tensor, N: int, bias: Tensor | None) -> Alg
 def _search(packed: Tensor, x_MK: Tensor, bias: Tensor | None) -> Algorithm:
     """Let cuSPARSELt time its algorithms on these very tensors."""
     library = getattr(torch._C, "_cusparselt", None)
-    if hasattr(library, "mm_search"):
+    if library is not None and hasattr(library, "mm_search"):
         alg_id, split_k, split_k_mode, _ = library.mm_search(packed, x_MK.t(), bias, None, None, True)
         return alg_id, split_k, split_k_mode
     return torch._cslt_sparse_mm_search(packed, x_MK.t(), bias, transpose_result=True), *DEFAULT_ALGORITHM[1:]

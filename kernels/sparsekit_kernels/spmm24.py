@@ -15,6 +15,9 @@ Splitting K gives a narrow layer enough blocks to fill the GPU. The partial sums
 a fixed order, so the same call gives the same bits every time.
 """
 
+# What Triton compiles takes Triton's values, which have no Python types.
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from dataclasses import dataclass, replace
 
 import torch
@@ -77,7 +80,7 @@ def _dot(w, x, acc, UPCAST: tl.constexpr):
     return tl.dot(w, tl.trans(x), acc, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _spmm24_kernel(
     x_ptr, pairs_ptr, meta_ptr, bias_ptr, out_ptr, M, N, stride_xm,
     K: tl.constexpr, G: tl.constexpr, HAS_BIAS: tl.constexpr, UPCAST: tl.constexpr, SPLIT_K: tl.constexpr,
@@ -108,7 +111,7 @@ def _spmm24_kernel(
     tl.store(out_ptr + m[:, None] * N + n[None, :], tl.trans(acc).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["MN"])
 def _add_partial_kernel(
     partial_ptr, bias_ptr, y_ptr, MN, N, HAS_BIAS: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK: tl.constexpr
 ):
