@@ -130,7 +130,7 @@ def _read_path(path: Path) -> Any:
         )
     suffix = path.suffix.lower()
     if suffix == ".txt":
-        return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     if suffix in (".jsonl", ".json"):
         import json
 

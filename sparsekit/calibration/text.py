@@ -22,7 +22,7 @@ def text_samples(
     """Return samples as dicts of [1, L] tensors.
 
     Args:
-        texts: strings; blank ones are skipped.
+        texts: strings. Blank ones count in a stream, as they did when the model read WikiText in training.
         model: what it is for decides between chunks of a stream and single texts.
         tokenizer: a transformers tokenizer, or anything with `encode(text)`.
         num_samples: chunks to draw, or texts to take.
@@ -36,9 +36,10 @@ def text_samples(
         )
     generator = torch.Generator().manual_seed(seed)
     if _reads_single_texts(model, tokenizer):
-        return _single_texts(_real(texts), tokenizer, num_samples, length, generator, read_all)
+        texts = (text for text in _checked(texts) if text.strip())
+        return _single_texts(texts, tokenizer, num_samples, length, generator, read_all)
     enough = None if read_all else 2 * num_samples * length
-    return _random_chunks(_token_stream(_real(texts), tokenizer, enough), num_samples, length, generator)
+    return _random_chunks(_token_stream(_checked(texts), tokenizer, enough), num_samples, length, generator)
 
 
 def _reads_single_texts(model: nn.Module, tokenizer: Any) -> bool:
@@ -51,26 +52,27 @@ def _reads_single_texts(model: nn.Module, tokenizer: Any) -> bool:
     return has_both and not is_causal
 
 
-def _real(texts: Iterable[Any]) -> Iterator[str]:
+def _checked(texts: Iterable[Any]) -> Iterator[str]:
     for index, text in enumerate(texts):
         if not isinstance(text, str):
             raise ValueError(f"item {index} of the dataset is a {type(text).__name__} among strings: pass strings only")
-        if text.strip():
-            yield text
+        yield text
 
 
 def _token_stream(texts: Iterator[str], tokenizer: Any, enough: int | None) -> Tensor:
     eos = getattr(tokenizer, "eos_token_id", None)
     ids: list[int] = []
     batch: list[str] = []
+    is_blank = True
     for text in texts:
+        is_blank = is_blank and not text.strip()
         batch.append(text)
         if len(batch) == _TEXTS_AT_ONCE:
             ids += _encode_all(batch, tokenizer, eos)
             batch = []
         if enough is not None and len(ids) >= enough:
             break
-    return torch.tensor(ids + _encode_all(batch, tokenizer, eos), dtype=torch.long)
+    return torch.tensor([] if is_blank else ids + _encode_all(batch, tokenizer, eos), dtype=torch.long)
 
 
 def _encode_all(texts: list[str], tokenizer: Any, eos: int | None) -> list[int]:
