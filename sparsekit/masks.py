@@ -41,7 +41,7 @@ class Mask:
         """Boolean [N, K], True = kept."""
         weights = torch.tensor(_BIT_WEIGHTS, dtype=torch.uint8, device=self.bits.device)
         spread = (self.bits[..., None] & weights) != 0
-        return spread.view(self.shape[0], -1)[:, : self.shape[1]].contiguous()
+        return spread.flatten(1)[:, : self.shape[1]].contiguous()
 
     @property
     def sparsity(self) -> float:
@@ -76,6 +76,6 @@ class Mask:
 
 def _pack_bits(keep: Tensor) -> Tensor:
     N, K = keep.shape
-    padded = torch.nn.functional.pad(keep, (0, -K % 8)).view(N, -1, 8)
+    padded = torch.nn.functional.pad(keep, (0, -K % 8)).unflatten(1, (-(-K // 8), 8))
     weights = torch.tensor(_BIT_WEIGHTS, dtype=torch.uint8, device=keep.device)
     return (padded * weights).sum(-1, dtype=torch.uint8)

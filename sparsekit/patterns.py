@@ -63,15 +63,15 @@ class NM(Pattern):
         if sparsity is not None and sparsity not in (0.5, self.fixed_sparsity()):
             raise ValueError(f"pattern {self} removes {self.fixed_sparsity():.3g} of the weights: sparsity={sparsity}")
         N, K = scores.shape
-        groups = F.pad(scores.float(), (0, -K % self.m), value=-torch.inf).view(N, -1, self.m)
+        groups = F.pad(scores.float(), (0, -K % self.m), value=-torch.inf).unflatten(1, (-(-K // self.m), self.m))
         # A stable descending sort keeps the lower index first among equals.
         order = groups.sort(dim=-1, descending=True, stable=True).indices[..., : self.n]
         keep = torch.zeros(groups.shape, dtype=torch.bool, device=scores.device).scatter_(-1, order, True)
-        return keep.view(N, -1)[:, :K].contiguous()
+        return keep.flatten(1)[:, :K].contiguous()
 
     def count_violations(self, keep: Tensor) -> int:
         N, K = keep.shape
-        groups = F.pad(keep, (0, -K % self.m)).view(N, -1, self.m)
+        groups = F.pad(keep, (0, -K % self.m)).unflatten(1, (-(-K // self.m), self.m))
         return int((groups.sum(-1, dtype=torch.int32) > self.n).sum())
 
 

@@ -61,7 +61,7 @@ def compress24(w_NK: Tensor) -> tuple[Tensor, Tensor]:
     values = groups.gather(-1, slots.long())
     # -0.0 is a zero like any other; `where` also leaves NaN and infinities as they are.
     values = torch.where(values == 0, torch.zeros((), dtype=values.dtype, device=values.device), values)
-    nibbles = (first | second << 2).view(N, -1, 2)
+    nibbles = (first | second << 2).view(N, padded_features(K) // 8, 2)
     meta = nibbles[..., 0] | nibbles[..., 1] << 4
     return values.reshape(N, padded_features(K) // 2).contiguous(), meta.contiguous()
 
