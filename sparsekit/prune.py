@@ -1,7 +1,6 @@
 """Decide what goes, layer by layer, with data where the method needs it."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -16,6 +15,7 @@ from sparsekit.methods import Decision, Magnitude, OneShot, method_config
 from sparsekit.patterns import NM
 from sparsekit.plan import MadeBy, Plan
 from sparsekit.progress import Progress, progress_bar
+from sparsekit.snapshot import Snapshot, restored_on_failure
 from sparsekit.targets import Entry, find_targets, set_weight_NK_, weight_NK
 from sparsekit.version import __version__
 
@@ -69,8 +69,8 @@ def prune_(
     _refuse_non_finite(layers)
     made_by = MadeBy(config.name, config.to_dict(), _name_of(model), "", seed, _versions(), config.updates_weights)
     plan = Plan(made_by=made_by, notes=_notes_on_model(model, layers, config))
-    with _restored_on_failure(layers) as before_change:
-        pruner = _Pruner(config, plan, before_change)
+    with restored_on_failure(model) as snapshot:
+        pruner = _Pruner(config, plan, snapshot)
         if config.statistics is None:
             with progress_bar(f"{config.name} {config.pattern}", len(layers), progress) as bar:
                 pruner.prune_(layers, {}, bar)
@@ -101,8 +101,8 @@ def prune_(
 class _Pruner:
     """Applies one method to layers, and gathers masks and notes."""
 
-    def __init__(self, config: OneShot, plan: Plan, before_change: Any) -> None:
-        self.config, self.plan, self.before_change = config, plan, before_change
+    def __init__(self, config: OneShot, plan: Plan, snapshot: Snapshot) -> None:
+        self.config, self.plan, self.snapshot = config, plan, snapshot
         self._said: dict[str, list[str]] = {}
 
     def prune_(
@@ -117,7 +117,7 @@ class _Pruner:
                 raise NonFiniteError(
                     f"the pruned weight of {name} does not fit {w_NK.dtype}: prune the model in bfloat16"
                 )
-            self.before_change(name)
+            self.snapshot.remember(name)
             set_weight_NK_(layer, w_NK)
             self.plan.masks[name] = Mask(self.config.parsed_pattern, decision.keep).to("cpu")
             for note in decision.notes:
@@ -139,22 +139,6 @@ class _Pruner:
 def _pruned(w_NK: Tensor, decision: Decision) -> Tensor:
     new = w_NK if decision.weight is None else decision.weight.to(w_NK.dtype)
     return new.masked_fill(~decision.keep, 0)
-
-
-@contextmanager
-def _restored_on_failure(layers: dict[str, nn.Module]) -> Iterator[Any]:
-    """Yield a function to call before a layer's weight changes; if the body fails, put those weights back."""
-    backups: dict[str, Tensor] = {}
-
-    def before_change(name: str) -> None:
-        backups[name] = weight_NK(layers[name]).to("cpu", copy=True)
-
-    try:
-        yield before_change
-    except BaseException:
-        for name, w_NK in backups.items():
-            set_weight_NK_(layers[name], w_NK)
-        raise
 
 
 def _refuse_non_finite(layers: dict[str, nn.Module]) -> None:

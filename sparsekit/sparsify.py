@@ -75,6 +75,7 @@ def sparsify(
         FORMATS.get(format)
     if backend != "auto":
         BACKENDS.get(backend)
+    whole, model = model, getattr(model, "_orig_mod", model)  # what torch.compile wraps
     layers = find_targets(model, targets, ignore)
     with restored_on_failure(model):
         if method is None and _obey(layers, wanted):
@@ -107,7 +108,7 @@ def sparsify(
         report = check(model, plan)
         if not report.ok:
             raise SparsekitError(f"the result does not hold what was asked for:\n{report}")
-    return model
+    return whole
 
 
 def _choose_method(method: Any, pattern: Pattern, sparsity: float, has_data: bool) -> OneShot:
