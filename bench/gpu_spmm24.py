@@ -204,7 +204,7 @@ def tune(device: str, l2_bytes: int, deadline: float) -> None:
         w = weight24(N, K, torch.bfloat16, device)
         packed = layout24.compress24(w)
         count = max(2, math.ceil(3 * l2_bytes / (packed[0].nbytes + packed[1].nbytes)))
-        copies = [packed] + [tuple(t.clone() for t in packed) for _ in range(count - 1)]
+        copies = [packed] + [(packed[0].clone(), packed[1].clone()) for _ in range(count - 1)]
         x = torch.randn(M, K, device=device).bfloat16()
         ref64 = x.double() @ w.double().T
         shipped = spmm24.pick_config(M, N, K, torch.bfloat16, target.num_sms(x.device))
@@ -213,13 +213,13 @@ def tune(device: str, l2_bytes: int, deadline: float) -> None:
             configs.append(spmm24.Config(
                 BLOCK_M=16, BLOCK_N=BN, BLOCK_G=BG, num_warps=warps, num_stages=stages, SPLIT_K=split
             ))  # fmt: skip
-        dense = [partial(F.linear, x, copy) for copy in [w] + [w.clone() for _ in range(count - 1)]]
+        dense: list[Call] = [partial(F.linear, x, copy) for copy in [w] + [w.clone() for _ in range(count - 1)]]
         rows = []
         for config in dict.fromkeys(configs):
             if time.monotonic() > deadline:
                 print("tune: out of time")
                 break
-            sparse = [partial(spmm24.spmm24_small, x, *copy, config=config) for copy in copies]
+            sparse: list[Call] = [partial(spmm24.spmm24_small, x, v, m, config=config) for v, m in copies]
             error_of(str(config), sparse[0](), F.linear(x, w), ref64)
             samples = time_turns({"dense": dense, "triton": sparse})
             rows.append((median(samples["triton"]), median(samples["dense"]), config))
@@ -251,7 +251,7 @@ def main() -> None:
     out_dir.mkdir(parents=True, exist_ok=True)
     path = out_dir / f"{str(machine['gpu']).replace(' ', '-').lower()}.jsonl"
     l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-    plan = [(layer, torch.bfloat16, TOKENS) for layer in options.layers]
+    plan: list[tuple[str, torch.dtype, tuple[int, ...]]] = [(layer, torch.bfloat16, TOKENS) for layer in options.layers]
     plan += [("8B o", dtype, (1, 16, 64, 1024)) for dtype in (torch.float16, torch.float32)]
     columns = ("layer", "N", "K", "M", "dtype", "backend", "median us", "min", "p20", "p80", "GB/s", "TFLOP/s")
     print(LINE.format(*columns, "ceiling", "speedup", ""))
