@@ -73,7 +73,9 @@ def check(model: nn.Module, plan: Plan | None = None) -> Report:
         dense_bytes, now_bytes = sum(row["dense bytes"] for row in pruned), sum(row["bytes"] for row in pruned)
         zeros = sum(row["sparsity"] * row["dense bytes"] for row in pruned)
         summary["sparsity of the sparse layers"] = round(zeros / dense_bytes, 4)
-        summary["bytes of the sparse layers"] = f"{now_bytes:,} of {dense_bytes:,} dense ({now_bytes / dense_bytes:.3f})"
+        summary["bytes of the sparse layers"] = (
+            f"{now_bytes:,} of {dense_bytes:,} dense ({now_bytes / dense_bytes:.3f})"
+        )
     notes = list(problems)
     if plan is not None:
         missing = [name for name in plan.masks if name not in dict(model.named_modules())]

@@ -51,7 +51,9 @@ def save(
     """
     layers = sparse_layers(model)
     if packed and not layers:
-        raise ValueError("no layer of the model is packed: call sparsekit.pack_(model) first, or save with packed=False")
+        raise ValueError(
+            "no layer of the model is packed: call sparsekit.pack_(model) first, or save with packed=False"
+        )
     dense_extra = 0 if packed else sum(layer.dense_bytes() - layer.packed_bytes() for layer in layers.values())
     tensors = [*model.parameters(), *model.buffers()]
     bytes_needed = int(1.05 * (sum(tensor.nbytes for tensor in tensors) + dense_extra)) + 2**20
@@ -109,7 +111,7 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
         if owner not in layers or part == "bias":
             state[key] = tensor
         elif f"{owner}.weight" not in state:
-            state[f"{owner}.weight"] = dense_layer(layers[owner]).weight.detach()  # type: ignore[union-attr, operator]
+            state[f"{owner}.weight"] = dense_layer(layers[owner]).get_parameter("weight").detach()
     return state
 
 

@@ -65,7 +65,9 @@ class Mask:
         if not isinstance(other, Mask):
             return NotImplemented
         return (
-            self.pattern == other.pattern and self.shape == other.shape and torch.equal(self.bits, other.bits.to(self.bits.device))
+            self.pattern == other.pattern
+            and self.shape == other.shape
+            and torch.equal(self.bits, other.bits.to(self.bits.device))
         )
 
     __hash__ = None  # type: ignore[assignment]

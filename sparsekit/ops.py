@@ -5,8 +5,9 @@ For each backend that runs `semi24` there are two:
     sparsekit::linear24_<backend>(x, first, second?, bias?, N, K) -> y     y = x @ W.T + bias, x [..., K], y [..., N]
     sparsekit::dense24_<backend>(first, second?, N, K) -> W                the dense weight [N, K]
 
-where `first` and `second` are what the backend's `prepare` made (one tensor or two). Both have fake kernels, the first has gradients for x
-and bias, so that `torch.compile(fullgraph=True)`, CUDA graphs and `torch.export` see opaque calls with known shapes.
+where `first` and `second` are what the backend's `prepare` made (one tensor or two). Both have fake kernels, the first
+has gradients for x and bias, so that `torch.compile(fullgraph=True)`, CUDA graphs and `torch.export` see opaque calls
+with known shapes.
 
 They are defined through `torch.library.Library` and not `torch.library.custom_op`, whose Python wrapper costs more
 than the multiplication of a small layer. For the same reason `linear24_<backend>(...)` here calls the kernel directly
@@ -108,6 +109,11 @@ def _kernels(name: str) -> ModuleType:
     return importlib.import_module(f"sparsekit_kernels.{name}")
 
 
+def _decompress(canonical: tuple[Tensor, Tensor], K: int) -> Tensor:
+    values, meta = canonical
+    return decompress24(values, meta, K)
+
+
 linear24_reference, dense24_reference = _define(
     "reference",
     lambda x, values, meta, bias, N, K: reference.spmm24(x, values, meta, bias),
@@ -121,10 +127,10 @@ linear24_triton, dense24_triton = _define(
 linear24_cpu, dense24_cpu = _define(
     "cpu",
     lambda x, blocks, masks, bias, N, K: cpu.spmm24(x, blocks, masks, N, bias),
-    lambda blocks, masks, N, K: decompress24(*cpu.restore(blocks, masks, N), K),
+    lambda blocks, masks, N, K: _decompress(cpu.restore(blocks, masks, N), K),
 )
 linear24_cusparselt, dense24_cusparselt = _define(
     "cusparselt",
     lambda x, packed, _, bias, N, K: _kernels("cusparselt").spmm24(x, packed, N, K, bias),
-    lambda packed, _, N, K: decompress24(*_kernels("cusparselt").restore(packed, N, K), K),
+    lambda packed, _, N, K: _decompress(_kernels("cusparselt").restore(packed, N, K), K),
 )

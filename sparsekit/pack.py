@@ -19,9 +19,7 @@ DAMAGED_SHARE = 0.05
 A dense or unstructured weight breaks it in 31 to 100 % of them."""
 
 
-def pack_(
-    model: nn.Module, format: str = "auto", backend: str = "auto", *, progress: bool = False
-) -> nn.Module:
+def pack_(model: nn.Module, format: str = "auto", backend: str = "auto", *, progress: bool = False) -> nn.Module:
     """Replace every `nn.Linear` whose weight obeys a packed format by a `SparseLinear`; return the same model.
 
     Needs no plan: the weights themselves say whether they fit. Each layer's dense weight is freed before the next
@@ -137,8 +135,8 @@ def _choose(model: nn.Module, format: str) -> tuple[dict[str, str], dict[str, st
             refused[name] = f"{broken:,} of {groups:,} groups break {format_name}"
             if broken < DAMAGED_SHARE * groups:
                 raise PatternError(
-                    f"{name}: {broken:,} of {groups:,} groups of four break {format_name}, the others obey it: something "
-                    "changed the weight after pruning. Apply the plan again with sparsekit.apply_, or prune again"
+                    f"{name}: {broken:,} of {groups:,} groups of four break {format_name}, the others obey it: "
+                    "something changed the weight after pruning. Apply the plan again with sparsekit.apply_, or prune again"
                 )
     return chosen, refused
 
@@ -171,6 +169,11 @@ def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
     parent_name, _, attribute = name.rpartition(".")
     parent = model.get_submodule(parent_name)
     old = parent.get_submodule(attribute)
-    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"):
+    for hooks in (
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_forward_hooks_with_kwargs",
+        "_forward_pre_hooks_with_kwargs",
+    ):
         getattr(new, hooks).update(getattr(old, hooks))
     parent._modules[attribute] = new

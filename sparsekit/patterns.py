@@ -144,7 +144,9 @@ def parse_pattern(pattern: str | Pattern) -> Pattern:
             return NM(int(found[1]), int(found[2]))
         if found := re.fullmatch(r"(\d+)x(\d+)", word):
             return Block(int(found[1]), int(found[2]))
-    raise ValueError(unknown("pattern", pattern, EXAMPLES) + " Any N:M with 0 < N < M and any RxC block are patterns too.")
+    raise ValueError(
+        unknown("pattern", pattern, EXAMPLES) + " Any N:M with 0 < N < M and any RxC block are patterns too."
+    )
 
 
 def check_sparsity(sparsity: float) -> None:

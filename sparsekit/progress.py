@@ -39,6 +39,8 @@ def progress_bar(description: str, total: int, enabled: bool = True) -> Iterator
 
         class Bar:
             def advance(self, steps: int = 1, text: str | None = None) -> None:
-                rich_progress.update(task, advance=steps, **({"text": text} if text is not None else {}))
+                rich_progress.advance(task, steps)
+                if text is not None:
+                    rich_progress.update(task, text=text)
 
         yield Bar()

@@ -17,7 +17,6 @@ from sparsekit.snapshot import restored_on_failure
 from sparsekit.surgery import apply_
 from sparsekit.targets import find_targets, weight_NK
 
-
 DEFAULT_PATTERN = NM(2, 4)
 
 
@@ -47,8 +46,9 @@ def sparsify(
         pattern: "2:4", any "N:M", "64x64" (blocks) or "unstructured". Only 2:4 (and what is sparser in the same
             groups, as "1:4") has a packed format; weights of the other patterns stay dense, with zeros, and
             `sparsekit.check` says so.
-        method: "magnitude", "wanda", "sparsegpt", or a config object such as `sparsekit.SparseGPT(pattern="4:8")`, whose
-            pattern counts where `pattern` is left at its default. None: SparseGPT when there is a dataset, magnitude when there is none.
+        method: "magnitude", "wanda", "sparsegpt", or a config object such as `sparsekit.SparseGPT(pattern="4:8")`,
+            whose pattern counts where `pattern` is left at its default. None: SparseGPT when there is a dataset,
+            magnitude when there is none.
         dataset: calibration data: strings, token tensors, a `datasets.Dataset`, a DataLoader, or a path to
             .txt/.jsonl/.parquet.
         tokenizer: turns strings into tokens.

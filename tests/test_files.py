@@ -38,7 +38,12 @@ def test_other_files_are_carried_over_and_stale_ones_are_not(tmp_path):
         (folder / name).write_text("old")
     with replace_dir(folder, 0, stale=("model*.safetensors",)) as temporary:
         (temporary / "config.json").write_text("new")
-    assert sorted(str(p.relative_to(folder)) for p in folder.rglob("*")) == ["config.json", "sub", "sub/x", "tokenizer.json"]
+    assert sorted(str(p.relative_to(folder)) for p in folder.rglob("*")) == [
+        "config.json",
+        "sub",
+        "sub/x",
+        "tokenizer.json",
+    ]
     assert (folder / "config.json").read_text() == "new" and (folder / "tokenizer.json").read_text() == "old"
     assert os.listdir(tmp_path) == ["model"]
 

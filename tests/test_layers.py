@@ -45,7 +45,9 @@ def imported_rooms(path: Path) -> set[str]:
             parts = node.module.split(".")[1:]
             rooms |= {parts[0]} if parts else {alias.name for alias in node.names}
         elif isinstance(node, ast.Import):
-            rooms |= {(alias.name.split(".") + ["__init__"])[1] for alias in node.names if alias.name.startswith("sparsekit")}
+            rooms |= {
+                (alias.name.split(".") + ["__init__"])[1] for alias in node.names if alias.name.startswith("sparsekit")
+            }
     return rooms - {"sparsekit_kernels"}
 
 

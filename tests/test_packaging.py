@@ -12,7 +12,10 @@ REPOSITORY = Path(__file__).parent.parent
 def run(code: str) -> str:
     path = [str(REPOSITORY), str(REPOSITORY / "kernels")]
     result = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path[:0] = {path!r}\n{code}"], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", f"import sys; sys.path[:0] = {path!r}\n{code}"],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
@@ -26,7 +29,9 @@ def test_import_loads_no_heavy_package_and_touches_no_device():
 
 def test_kernels_import_nothing_of_sparsekit():
     names = "layout24, reference, cpu, target, cusparselt, spmm24"
-    out = run(f"from sparsekit_kernels import {names}; print([m for m in sys.modules if m.split('.')[0] == 'sparsekit'])")
+    out = run(
+        f"from sparsekit_kernels import {names}; print([m for m in sys.modules if m.split('.')[0] == 'sparsekit'])"
+    )
     assert out == "[]"
 
 

@@ -8,7 +8,9 @@ import torch
 from sparsekit.patterns import NM, Block, Unstructured, parse_pattern
 
 
-@pytest.mark.parametrize("word,pattern", [("2:4", NM(2, 4)), (" 4:8 ", NM(4, 8)), ("64x32", Block(64, 32)), ("Unstructured", Unstructured())])
+@pytest.mark.parametrize(
+    "word,pattern", [("2:4", NM(2, 4)), (" 4:8 ", NM(4, 8)), ("64x32", Block(64, 32)), ("Unstructured", Unstructured())]
+)
 def test_parses_and_prints(word, pattern):
     assert parse_pattern(word) == pattern
     assert parse_pattern(str(pattern)) == pattern

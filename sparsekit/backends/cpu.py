@@ -23,11 +23,13 @@ class CpuBackend(Backend):
         return cpu.prepare(packed.tensors["values"], packed.tensors["meta"])
 
     def restore(self, spec: WeightSpec, prepared: tuple[Tensor, ...]) -> PackedWeight:
-        values, meta = cpu.restore(*prepared, spec.out_features)
+        blocks, masks = prepared
+        values, meta = cpu.restore(blocks, masks, spec.out_features)
         return PackedWeight(spec, {"values": values, "meta": meta})
 
     def linear(self, x: Tensor, prepared: tuple[Tensor, ...], bias: Tensor | None, spec: WeightSpec) -> Tensor:
-        return ops.linear24_cpu(x, *prepared, bias, spec.out_features, spec.in_features)
+        blocks, masks = prepared
+        return ops.linear24_cpu(x, blocks, masks, bias, spec.out_features, spec.in_features)
 
     def kernel(self, spec: WeightSpec, num_tokens: int) -> str:
         return cpu.isa()

@@ -22,7 +22,8 @@ class ReferenceBackend(Backend):
         return PackedWeight(spec, {"values": prepared[0], "meta": prepared[1]})
 
     def linear(self, x: Tensor, prepared: tuple[Tensor, ...], bias: Tensor | None, spec: WeightSpec) -> Tensor:
-        return ops.linear24_reference(x, *prepared, bias, spec.out_features, spec.in_features)
+        values, meta = prepared
+        return ops.linear24_reference(x, values, meta, bias, spec.out_features, spec.in_features)
 
 
 BACKENDS.register("reference", ReferenceBackend())

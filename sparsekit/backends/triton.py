@@ -24,7 +24,8 @@ class TritonBackend(Backend):
         return PackedWeight(spec, {"values": prepared[0], "meta": prepared[1]})
 
     def linear(self, x: Tensor, prepared: tuple[Tensor, ...], bias: Tensor | None, spec: WeightSpec) -> Tensor:
-        return ops.linear24_triton(x, *prepared, bias, spec.out_features, spec.in_features)
+        values, meta = prepared
+        return ops.linear24_triton(x, values, meta, bias, spec.out_features, spec.in_features)
 
 
 BACKENDS.register("triton", TritonBackend())

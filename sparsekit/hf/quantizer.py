@@ -39,7 +39,7 @@ class SparsekitConfig(QuantizationConfigMixin):
         backend: str = "auto",
         **kwargs: Any,
     ) -> None:
-        self.quant_method = QUANT_METHOD
+        self.quant_method: Any = QUANT_METHOD  # transformers' own enum cannot be extended
         self.layers = layers or {}
         self.layout_version = layout_version
         self.backend = backend
@@ -53,6 +53,7 @@ class SparsekitQuantizer(HfQuantizer):
     """Swaps the named layers for empty `SparseLinear` before loading, and prepares them after."""
 
     requires_calibration = True
+    quantization_config: SparsekitConfig
 
     def __init__(self, quantization_config: SparsekitConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -62,7 +63,7 @@ class SparsekitQuantizer(HfQuantizer):
                 f"{LAYOUT_VERSION}: upgrade sparsekit"
             )
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         tripwire = tripwire_name(self.quantization_config.layers)
         config = self.quantization_config
         config.layers = swap_in_empty_(model, config.layers, config.backend)

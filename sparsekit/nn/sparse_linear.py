@@ -175,7 +175,7 @@ class SparseLinear(nn.Linear):
         )
 
     def _match_dtype(self, x: Tensor) -> Tensor:
-        """Under autocast the weight's dtype decides; elsewhere a mismatch is the caller's mistake, as in `nn.Linear`."""
+        """Under autocast the weight's dtype decides; elsewhere a mismatch is a mistake, as in `nn.Linear`."""
         if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
             return x.to(self.spec.dtype)
         raise ValueError(f"x is {x.dtype}, W is {self.spec.dtype}: convert one of them, as with model.to({x.dtype})")
