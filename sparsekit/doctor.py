@@ -20,7 +20,7 @@ from sparsekit.formats import WeightSpec
 from sparsekit.progress import progress_bar
 from sparsekit.registry import unknown
 from sparsekit.report import Report
-from sparsekit.targets import find_targets, weight_NK
+from sparsekit.targets import Entry, guarded_layers, is_linear, matches_entry, weight_NK
 
 DEFAULT_NUM_TOKENS = (1, 8, 64, 512)
 
@@ -92,14 +92,14 @@ def _read_model(
     if isinstance(model, str | os.PathLike):
         model = read_config(str(model))
     if isinstance(model, nn.Module):
-        layers = find_targets(model, targets, ignore)
+        layers = _prunable(model, targets, ignore)
         first = weight_NK(next(iter(layers.values())))
         device = None if first.is_meta else first.device
         return _group(layers), first.dtype if first.is_floating_point() else None, device
     if hasattr(model, "to_dict") and hasattr(model, "model_type"):
         skeleton = empty_model(model)
         own_dtype = getattr(model, "dtype", None)
-        return _group(find_targets(skeleton, targets, ignore)), parse_dtype(own_dtype), None
+        return _group(_prunable(skeleton, targets, ignore)), parse_dtype(own_dtype), None
     if isinstance(model, Sequence):
         return _listed(model), None, None
     raise ValueError(
@@ -119,6 +119,30 @@ def _listed(items: Sequence[Any]) -> list[LayerShape]:
     return shapes
 
 
+def _prunable(model: nn.Module, targets: Any, ignore: Any) -> dict[str, nn.Module]:
+    """Return what `find_targets` would, without asking for weights: the model may be on the meta device."""
+    wanted, unwanted = _entries(targets), _entries(ignore)
+    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
+    guarded = guarded_layers(model, linears)
+    found = {
+        name: module
+        for name, module in linears.items()
+        if name not in guarded
+        and any(matches_entry(entry, module, name) for entry in wanted)
+        and not any(matches_entry(entry, module, name) for entry in unwanted)
+    }
+    if not found:
+        raise ValueError(
+            f"targets={wanted}, ignore={unwanted} leave no layer to prune; linear layers here: "
+            f"{', '.join(list(linears)[:8]) or 'none'}"
+        )
+    return found
+
+
+def _entries(entries: Any) -> list[Entry]:
+    return [entries] if isinstance(entries, str) or callable(entries) else list(entries or ())
+
+
 def _group(layers: dict[str, nn.Module]) -> list[LayerShape]:
     return group_shapes([(name, *weight_NK(module).shape) for name, module in layers.items()])
 
@@ -133,7 +157,7 @@ def read_config(name: str) -> Any:
 
     try:
         return AutoConfig.from_pretrained(name)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         if Path(name).exists():
             raise FileNotFoundError(f"no config.json that transformers reads in {name}: pass a model folder") from error
         raise FileNotFoundError(

@@ -1,0 +1,110 @@
+"""The doctor on everything it takes, and what it refuses."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig
+
+from sparsekit import doctor as doctor_function
+from sparsekit.benchmarking import LayerShape, layers
+from sparsekit.doctor import advice, doctor, parse_dtype
+
+QUICK = {"num_tokens": (1, 2), "max_seconds": 0.5, "progress": False, "device": "cpu"}
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    monkeypatch.setattr(layers, "MAX_COPIES", 1)
+
+
+def config():
+    return LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        architectures=["LlamaForCausalLM"],
+        dtype=torch.float32,
+    )
+
+
+def test_the_machine_alone():
+    report = doctor(progress=False, device="cpu")
+    assert report.ok and not report.rows and report.notes
+    assert report.summary["memory read, GB/s"] > 0 and report.summary["matmul float32, GFLOP/s"] > 0
+    assert report.summary["backend triton"].startswith("no: ")
+    assert report.summary["backend reference"].startswith("yes")
+
+
+def test_config_without_weights():
+    report = doctor(config(), **QUICK)
+    shapes = {row["shape"]: (row["layer"], row["count"]) for row in report.rows}
+    assert shapes == {
+        "32x32": ("q_proj, o_proj", 4),
+        "16x32": ("k_proj, v_proj", 4),
+        "48x32": ("gate_proj, up_proj", 4),
+        "32x48": ("down_proj", 2),
+    }
+    assert len(report.rows) == 8 and "float32" in report.title
+    assert all(row["advice"] == advice(row["speedup"]) for row in report.rows)
+    assert report.summary["verdict"].startswith(("stay dense", "sparse pays"))
+    assert "linear layers at M=2" in report.summary
+
+
+def test_module_with_targets():
+    model = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 24)).to(torch.bfloat16)
+    report = doctor(model, targets=("re:1",), **QUICK)
+    assert {row["shape"] for row in report.rows} == {"24x8"} and "bfloat16" in report.title
+
+
+def test_lists_of_shapes():
+    report = doctor([(16, 8), LayerShape("mine", 8, 16, 3)], dtype="fp32", **QUICK)
+    assert [(row["shape"], row["count"]) for row in report.rows[::2]] == [("16x8", 1), ("8x16", 3)]
+
+
+def test_local_folder(tmp_path):
+    config().save_pretrained(tmp_path)
+    assert len(doctor(tmp_path, **QUICK).rows) == 8
+
+
+def test_time_is_bounded():
+    report = doctor([(16, 8), (8, 16)], **{**QUICK, "max_seconds": 0.0})
+    assert any("not measured within 0 s: " in note for note in report.notes)
+
+
+def test_advice_stays_honest():
+    assert [advice(x) for x in (2.0, 1.02, 0.9)] == ["sparse", "no gain", "stay dense"]
+
+
+def test_package_exports_the_function():
+    assert doctor_function is doctor
+
+
+@pytest.mark.parametrize(
+    "model, options, message",
+    [
+        (None, {"num_tokens": (0,)}, "at least 1"),
+        (None, {"dtype": "int8"}, "unknown dtype 'int8'"),
+        ([(16,)], {}, "no layer shape"),
+        (3.5, {}, "not a float"),
+        (nn.Sequential(nn.Linear(4, 4)), {"targets": ("Conv",)}, "no layer to prune"),
+        ([(16, 8)], {"backend": "gpu"}, "unknown backend 'gpu'"),
+    ],
+)
+def test_refuses(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        doctor(model, progress=False, **{"device": "cpu", **options})
+
+
+def test_missing_model(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match="no config.json"):
+        doctor(tmp_path, progress=False)
+    with pytest.raises(FileNotFoundError, match="llama-3-8b"):
+        doctor(str(tmp_path / "nowhere"), progress=False)
+
+
+def test_dtype_names():
+    assert parse_dtype("bf16") is torch.bfloat16 and parse_dtype(None) is None
