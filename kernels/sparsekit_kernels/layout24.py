@@ -58,9 +58,8 @@ def compress24(w_NK: Tensor) -> tuple[Tensor, Tensor]:
     first = _position(filled, 0)
     second = _position(filled, 1)
     slots = torch.stack((first, second), dim=-1)
-    values = groups.gather(-1, slots.long())
-    # -0.0 is a zero like any other; `where` also leaves NaN and infinities as they are.
-    values = torch.where(values == 0, torch.zeros((), dtype=values.dtype, device=values.device), values)
+    # As integers, since some float paths of torch normalise NaN. -0.0 is a zero like any other.
+    values = _bits(groups).masked_fill(groups == 0, 0).gather(-1, slots.long()).view(w_NK.dtype)
     nibbles = (first | second << 2).view(N, padded_features(K) // 8, 2)
     meta = nibbles[..., 0] | nibbles[..., 1] << 4
     return values.reshape(N, padded_features(K) // 2).contiguous(), meta.contiguous()
@@ -71,9 +70,9 @@ def decompress24(values: Tensor, meta: Tensor, K: int | None = None) -> Tensor:
     N, half = values.shape
     nibbles = torch.stack((meta & 15, meta >> 4), dim=-1).view(N, half // 2)
     slots = torch.stack((nibbles & 3, nibbles >> 2), dim=-1).long()
-    dense = torch.zeros(N, half // 2, GROUP, dtype=values.dtype, device=values.device)
-    dense.scatter_(-1, slots, values.view(N, half // 2, 2))
-    dense = dense.view(N, half * 2)
+    bits = _bits(values.contiguous().view(N, half // 2, 2))
+    dense = torch.zeros(N, half // 2, GROUP, dtype=bits.dtype, device=values.device)
+    dense = dense.scatter_(-1, slots, bits).view(N, half * 2).view(values.dtype)
     return dense if K is None or K == half * 2 else dense[:, :K].contiguous()
 
 
@@ -86,6 +85,11 @@ def count_illegal_nibbles(meta: Tensor) -> int:
     if not bool(bad_bytes[meta.int()].any()):
         return 0
     return int((~legal[(meta & 15).int()]).sum() + (~legal[(meta >> 4).int()]).sum())
+
+
+def _bits(x: Tensor) -> Tensor:
+    """View floats as the integers of their width."""
+    return x.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
 
 
 def _groups(w_NK: Tensor) -> Tensor:

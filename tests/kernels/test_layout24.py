@@ -100,11 +100,15 @@ def test_matches_the_metadata_that_torch_builds_for_its_own_2_4_tensors():
     assert torch.equal(torch_meta.view(-1)[offsets].view_as(ours), ours)
 
 
-def test_special_values_survive():
-    w = torch.zeros(1, 8)
-    w[0, :8:2] = torch.tensor([float("inf"), float("nan"), -float("inf"), 1e-45])
+@pytest.mark.parametrize(
+    "dtype,bits", [(torch.float32, torch.int32), (torch.bfloat16, torch.int16), (torch.float16, torch.int16)]
+)
+def test_special_values_survive_to_the_bit(dtype, bits):
+    w = torch.zeros(1, 8, dtype=dtype)
+    w[0, :6:2] = torch.tensor([float("inf"), float("nan"), -float("inf")])
+    w.view(bits)[0, 6:] = torch.tensor([1, -3], dtype=bits)  # the smallest subnormal, and a NaN with a payload
     values, meta = compress24(w)
-    assert torch.equal(decompress24(values, meta).view(torch.int32), w.view(torch.int32))
+    assert torch.equal(decompress24(values, meta).view(bits), w.view(bits))
 
 
 def test_non_contiguous_weight():
