@@ -94,7 +94,7 @@ def load(
         raise FileNotFoundError(f"no checkpoint in {folder}: it has neither config.json nor {MANIFEST}")
     manifest = _read_manifest(folder)
     if model is None and (folder / "config.json").is_file():
-        loaded = _read_pretrained(folder, backend, dtype)
+        loaded = _read_pretrained(folder, manifest, backend, dtype)
     elif model is not None:
         loaded = _read_module(model, folder, manifest, backend)
     else:
@@ -146,12 +146,22 @@ def _write_module(model: nn.Module, folder: Path, packed: bool) -> None:
         return
     from safetensors.torch import save_file
 
-    save_file(
-        {name: tensor.contiguous() for name, tensor in dense_state_dict(model).items()}, folder / "model.safetensors"
-    )
+    owners: dict[
+        Any, str
+    ] = {}  # safetensors refuses tensors that share memory: write one, name the others, as save_model
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
+    for name, tensor in dense_state_dict(model).items():
+        where = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else name
+        owner = owners.setdefault(where, name)
+        if owner == name:
+            tensors[name] = tensor.contiguous()
+        else:
+            metadata[name] = owner
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt", **metadata})
 
 
-def _read_pretrained(folder: Path, backend: str, dtype: torch.dtype | str) -> nn.Module:
+def _read_pretrained(folder: Path, manifest: dict[str, Any], backend: str, dtype: torch.dtype | str) -> nn.Module:
     import transformers
     from safetensors import SafetensorError
 
@@ -162,29 +172,46 @@ def _read_pretrained(folder: Path, backend: str, dtype: torch.dtype | str) -> nn
     kind = getattr(transformers, (config.architectures or [""])[0], None) or transformers.AutoModel
     described = getattr(config, "quantization_config", None)
     if isinstance(described, dict) and described.get("quant_method") == "sparsekit":
+        if manifest and manifest.get("layers") != described.get("layers"):
+            raise CheckpointError(
+                f"{folder / 'config.json'} and {MANIFEST} name other layers: fetch the checkpoint again"
+            )
         config.quantization_config = {**described, "backend": backend}
     try:
         return kind.from_pretrained(folder, config=config, dtype=dtype)
     except (SafetensorError, EOFError, OSError) as error:
         raise CheckpointError(f"the weights in {folder} are incomplete or damaged: {error}") from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):  # which transformers' message names when shapes do not fit
+            raise
+        raise CheckpointError(f"the weights in {folder} have other shapes than its config.json says") from error
 
 
 def _read_module(model: nn.Module, folder: Path, manifest: dict[str, Any], backend: str) -> nn.Module:
     from safetensors import SafetensorError
     from safetensors.torch import load_model
 
-    if manifest.get("layers"):
-        from sparsekit.hf.quantizer import prepare_layers_, swap_in_empty_
-
-        found = swap_in_empty_(model, manifest["layers"], backend)
-    else:
-        found = {}
+    layers = manifest.get("layers") or {}
+    dense = {name: module for name, module in model.named_modules() if name in layers}
+    rest = {key: tensor.clone() for key, tensor in model.state_dict().items() if key.rpartition(".")[0] not in dense}
     try:
+        if layers:
+            from sparsekit.hf.quantizer import check_described, prepare_layers_, swap_in_empty_
+
+            check_described(layers)
+            layers = swap_in_empty_(model, layers, backend)
         load_model(model, str(folder / "model.safetensors"))
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise CheckpointError(f"the weights in {folder} are damaged or belong to another module: {error}") from error
-    if found:
-        prepare_layers_(model, found)
+        if layers:
+            prepare_layers_(model, layers)
+    except BaseException as error:
+        for name, module in dense.items():
+            parent, _, attribute = name.rpartition(".")
+            model.get_submodule(parent)._modules[attribute] = module
+        model.load_state_dict(rest, strict=False)
+        if isinstance(error, SafetensorError | OSError | RuntimeError) and not isinstance(error, CheckpointError):
+            text = f"the weights in {folder} are damaged or belong to another module: {error}"
+            raise CheckpointError(text) from error
+        raise
     return model
 
 
@@ -206,19 +233,19 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         return {}
     try:
         manifest = json.loads(path.read_text())
-        files = manifest["files"].items()
-    except (ValueError, KeyError, AttributeError) as error:
+        files = [(name, found["bytes"], found["sha256"]) for name, found in manifest["files"].items()]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}): fetch the checkpoint again") from error
-    for name, expected in files:
+    for name, num_bytes, digest in files:
         file = folder / name
         if not file.is_file():
             raise CheckpointError(f"{file} is missing: fetch the checkpoint again")
-        if file.stat().st_size != expected["bytes"]:
+        if file.stat().st_size != num_bytes:
             raise CheckpointError(
-                f"{file} has {file.stat().st_size:,} bytes and should have {expected['bytes']:,}: it is truncated or "
+                f"{file} has {file.stat().st_size:,} bytes and should have {num_bytes:,}: it is truncated or "
                 "altered, fetch it again"
             )
-        if _sha256(file) != expected["sha256"]:
+        if _sha256(file) != digest:
             raise CheckpointError(f"{file} does not have the digest in {MANIFEST}: it was altered, fetch it again")
     return manifest
 

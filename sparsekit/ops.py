@@ -11,7 +11,10 @@ with known shapes.
 
 They are defined through `torch.library.Library` and not `torch.library.custom_op`, whose Python wrapper costs more
 than the multiplication of a small layer. For the same reason `linear24_<backend>(...)` here calls the kernel directly
-where nobody watches the dispatcher: no gradient, no compiler, no mode, no transform, no profiler, no subclass.
+where nobody watches the dispatcher: no gradient, no compiler, no mode, no profiler, no subclass.
+
+Inside a `torch.func` transform or forward-mode AD it multiplies by the dense weight: an operator has neither a batching
+rule nor a tangent there (torch would loop over `vmap` and return zeros for `jvp`).
 """
 
 import functools
@@ -20,9 +23,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from sparsekit_kernels import cpu, reference
 from sparsekit_kernels.layout24 import decompress24
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _library = torch.library.Library("sparsekit", "DEF")
 
@@ -75,6 +80,9 @@ def _define(backend: str, linear: Linear24, dense: Dense24) -> tuple[Linear24, D
         if _is_unwatched(x, bias):
             _check_input(x, first, K)
             return linear(x, first, second, bias, N, K)
+        if _is_transformed():
+            _check_input(x, first, K)
+            return F.linear(x, dense_op(first, second, N, K), bias)
         return linear_op(x, first, second, bias, N, K)
 
     return call, dense_op
@@ -90,11 +98,21 @@ def _is_unwatched(x: Tensor, bias: Tensor | None) -> bool:
         type(x) is Tensor
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
         and not torch._C._autograd._profiler_enabled()
     )
 
 
+def _is_transformed() -> bool:
+    """Return whether a `torch.func` transform or forward-mode AD is under way, outside a compiler."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
 def _check_input(x: Tensor, first: Tensor, K: int) -> None:
+    if x.dim() == 0:
+        raise ValueError(f"x is a scalar, W has {K} features: pass x of shape [..., {K}]")
     if x.shape[-1] != K:
         raise ValueError(f"x has {x.shape[-1]} features, W has {K}: pass x of shape [..., {K}]")
     if first.is_floating_point() and x.dtype != first.dtype:

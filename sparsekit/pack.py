@@ -66,7 +66,7 @@ def pack_(model: nn.Module, format: str = "auto", backend: str = "auto", *, prog
                 bar.advance()
         describe_packed_(model, sparse_layers(model))
     except BaseException:
-        replace_by_dense_(model, packed)
+        replace_by_dense_(model, [name for name in packed if name in sparse_layers(model)])
         raise
     return model
 
@@ -107,7 +107,7 @@ def dense_layer(layer: SparseLinear, w_NK: Tensor | None = None) -> nn.Module:
         weight = weight.t().contiguous()
     else:
         dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-    dense.weight = nn.Parameter(weight)
+    dense.weight = nn.Parameter(weight, requires_grad=layer.dense_requires_grad)
     if layer.bias is not None:
         dense.bias = layer.bias
     elif layer.source == "Conv1D":
@@ -136,7 +136,8 @@ def _choose(model: nn.Module, format: str) -> tuple[dict[str, str], dict[str, st
             if broken < DAMAGED_SHARE * groups:
                 raise PatternError(
                     f"{name}: {broken:,} of {groups:,} groups of four break {format_name}, the others obey it: "
-                    "something changed the weight after pruning. Apply the plan again with sparsekit.apply_, or prune again"
+                    "something changed the weight after pruning. Apply the plan again with sparsekit.apply_, or prune "
+                    "again"
                 )
     return chosen, refused
 
@@ -144,7 +145,10 @@ def _choose(model: nn.Module, format: str) -> tuple[dict[str, str], dict[str, st
 def _candidates(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, weight [N, K]) of the layers that could be packed."""
     owners: dict[int, int] = {}
+    places: dict[int, int] = {}
     for module in model.modules():
+        for child in module._modules.values():
+            places[id(child)] = places.get(id(child), 0) + 1
         for parameter in module.parameters(recurse=False):
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     for name, module in model.named_modules():
@@ -157,7 +161,7 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if not (is_linear or is_conv1d) or hasattr(module, "parametrizations"):
             continue
         weight = cast(nn.Parameter, module.weight)
-        if owners.get(id(weight), 0) > 1 or weight.device.type == "meta":
+        if owners.get(id(weight), 0) > 1 or places[id(module)] > 1 or weight.device.type == "meta":
             continue  # tied: an embedding or another layer needs it dense
         if not bool(weight.any()):
             continue  # an untrained adapter is all zeros; packed it could never learn
@@ -169,11 +173,18 @@ def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
     parent_name, _, attribute = name.rpartition(".")
     parent = model.get_submodule(parent_name)
     old = parent.get_submodule(attribute)
-    for hooks in (
-        "_forward_hooks",
-        "_forward_pre_hooks",
-        "_forward_hooks_with_kwargs",
-        "_forward_pre_hooks_with_kwargs",
-    ):
-        getattr(new, hooks).update(getattr(old, hooks))
+    for hooks in _HOOKS:
+        setattr(new, hooks, getattr(old, hooks))  # the same dict, so that the handles still remove them
     parent._modules[attribute] = new
+
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)

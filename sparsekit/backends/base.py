@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.errors import Unsupported
-from sparsekit.formats import FORMATS, PackedWeight, WeightSpec
+from sparsekit.formats import PackedWeight, WeightSpec
 from sparsekit.registry import Registry
 
 
@@ -41,9 +41,9 @@ class Backend(ABC):
         """Return the name of the kernel that runs for this many tokens."""
         return self.name
 
+    @abstractmethod
     def to_dense(self, spec: WeightSpec, prepared: tuple[Tensor, ...]) -> Tensor:
-        """Return the dense weight [N, K]."""
-        return FORMATS.get(spec.format).unpack(self.restore(spec, prepared))
+        """Return the dense weight [N, K]; through an operator, so that compilers can look past it."""
 
 
 BACKENDS: Registry[Backend] = Registry("backend")

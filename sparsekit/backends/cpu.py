@@ -31,6 +31,10 @@ class CpuBackend(Backend):
         blocks, masks = prepared
         return ops.linear24_cpu(x, blocks, masks, bias, spec.out_features, spec.in_features)
 
+    def to_dense(self, spec: WeightSpec, prepared: tuple[Tensor, ...]) -> Tensor:
+        first, second = prepared
+        return ops.dense24_cpu(first, second, spec.out_features, spec.in_features)
+
     def kernel(self, spec: WeightSpec, num_tokens: int) -> str:
         return cpu.isa()
 

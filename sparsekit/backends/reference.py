@@ -25,5 +25,9 @@ class ReferenceBackend(Backend):
         values, meta = prepared
         return ops.linear24_reference(x, values, meta, bias, spec.out_features, spec.in_features)
 
+    def to_dense(self, spec: WeightSpec, prepared: tuple[Tensor, ...]) -> Tensor:
+        first, second = prepared
+        return ops.dense24_reference(first, second, spec.out_features, spec.in_features)
+
 
 BACKENDS.register("reference", ReferenceBackend())

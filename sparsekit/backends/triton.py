@@ -27,5 +27,9 @@ class TritonBackend(Backend):
         values, meta = prepared
         return ops.linear24_triton(x, values, meta, bias, spec.out_features, spec.in_features)
 
+    def to_dense(self, spec: WeightSpec, prepared: tuple[Tensor, ...]) -> Tensor:
+        first, second = prepared
+        return ops.dense24_triton(first, second, spec.out_features, spec.in_features)
+
 
 BACKENDS.register("triton", TritonBackend())

@@ -17,9 +17,10 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparsekit.errors import CheckpointError
-from sparsekit.formats import WeightSpec
+from sparsekit.formats import FORMATS, WeightSpec
 from sparsekit.hf.describe import LAYOUT_VERSION, QUANT_METHOD
 from sparsekit.nn import SparseLinear
+from sparsekit.registry import unknown
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -62,17 +63,22 @@ class SparsekitQuantizer(HfQuantizer):
                 f"the checkpoint has layout version {quantization_config.layout_version}, this sparsekit reads up to "
                 f"{LAYOUT_VERSION}: upgrade sparsekit"
             )
+        check_described(quantization_config.layers)
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         tripwire = tripwire_name(self.quantization_config.layers)
         config = self.quantization_config
         config.layers = swap_in_empty_(model, config.layers, config.backend)
+        for name in config.layers:  # or transformers would draw, and throw away, a random weight for each
+            model.get_submodule(name)._is_hf_initialized = True
         ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])
         model._keys_to_ignore_on_load_unexpected = ignored | {tripwire.replace(".", r"\.")}
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        prepare_layers_(model, self.quantization_config.layers)
+        layers = self.quantization_config.layers
+        refuse_missing(model, layers)
+        prepare_layers_(model, layers)
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -101,6 +107,29 @@ class SparsekitQuantizer(HfQuantizer):
 def tripwire_name(layers: dict[str, dict[str, Any]]) -> str:
     """Return the key of the empty tensor that makes a load without sparsekit fail."""
     return f"{min(layers)}.weight"  # not the first: config.json sorts its keys
+
+
+def check_described(layers: dict[str, dict[str, Any]]) -> None:
+    """Raise CheckpointError unless each layer is described as `describe_layers` does."""
+    if not layers:
+        raise CheckpointError("config.json names no packed layer: it was altered, fetch the checkpoint again")
+    for name, described in layers.items():
+        missing = [key for key in ("format", "shape", "source", "bias") if key not in described]
+        if missing:
+            raise CheckpointError(f"config.json does not give the {missing[0]} of {name}: fetch the checkpoint again")
+        if described["format"] not in FORMATS:
+            raise CheckpointError(
+                unknown(f"format of {name}", described["format"], list(FORMATS)) + " Upgrade sparsekit"
+            )
+
+
+def refuse_missing(model: nn.Module, layers: dict[str, dict[str, Any]]) -> None:
+    """Raise CheckpointError if the checkpoint lacks a tensor of a packed layer: it would hold random memory."""
+    for name in layers:
+        for part, tensor in model.get_submodule(name).state_dict(keep_vars=True).items():
+            # transformers marks what it read from a file.
+            if tensor.device.type != "meta" and not getattr(tensor, "_is_hf_initialized", False):
+                raise CheckpointError(f"{name}.{part} is missing from the checkpoint: fetch it again")
 
 
 def swap_in_empty_(
@@ -137,8 +166,8 @@ def swap_in_empty_(
         found[name] = described
     if not found:
         raise CheckpointError(
-            f"the checkpoint packs {next(iter(layers), 'nothing')} and others, {type(model).__name__} has none of them: "
-            "load it with the class that saved it"
+            f"the checkpoint packs {next(iter(layers), 'nothing')} and others, {type(model).__name__} has none of "
+            "them: load it with the class that saved it"
         )
     return found
 
@@ -158,6 +187,8 @@ def prepare_layers_(model: nn.Module, layers: dict[str, dict[str, Any]]) -> None
     for name in layers:
         layer = model.get_submodule(name)
         assert isinstance(layer, SparseLinear)
+        if layer.bias is not None and layer.bias.shape != (layer.out_features,):
+            raise CheckpointError(f"{name}: the bias has shape {tuple(layer.bias.shape)}, not ({layer.out_features},)")
         try:
             layer.prepare_()
         except CheckpointError as error:

@@ -25,6 +25,7 @@ class SparseLinear(nn.Linear):
         requested_backend: what was asked for, "auto" or a name.
         backend: name of the backend in use; empty before `prepare_`.
         reasons: backend name -> why it was passed over.
+        dense_requires_grad: whether the dense weight that `unpack_` builds shall want gradients.
         source: class of the layer this one stands for, "Linear" or "Conv1D"; `unpack_` builds that one.
     """
 
@@ -45,7 +46,7 @@ class SparseLinear(nn.Linear):
         self.spec = spec
         self.in_features, self.out_features = spec.in_features, spec.out_features
         self.requested_backend, self.backend, self.source = backend, "", source
-        self.reasons = {}
+        self.reasons, self.dense_requires_grad = {}, True
         self._prepared_names: tuple[str, ...] = ()
         for name, (shape, dtype) in FORMATS.get(spec.format).parts(spec).items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
@@ -89,6 +90,7 @@ class SparseLinear(nn.Linear):
         weight = cast(Tensor, linear.weight).detach()
         w_NK = weight.t() if source == "Conv1D" else weight
         layer = cls.from_dense(w_NK, cast(Tensor | None, linear.bias), format=format, backend=backend, source=source)
+        layer.dense_requires_grad = cast(Tensor, linear.weight).requires_grad
         return layer.train(linear.training)
 
     def prepare_(self) -> "SparseLinear":
@@ -107,12 +109,7 @@ class SparseLinear(nn.Linear):
         FORMATS.get(self.spec.format).validate(packed)
         chosen, self.reasons = resolve(self.requested_backend, self.spec, device)
         prepared = chosen.prepare(packed)
-        for name in packed.tensors:
-            self._buffers[name] = None
-        self._prepared_names = tuple(f"prepared_{i}" for i in range(len(prepared)))
-        for name, tensor in zip(self._prepared_names, prepared, strict=True):
-            self.register_buffer(name, tensor, persistent=False)
-        self.backend = chosen.name
+        self._set_prepared(prepared, chosen.name)
         return self
 
     @property
@@ -157,7 +154,8 @@ class SparseLinear(nn.Linear):
 
         Adapters read its dtype, device and values; a merge into it raises, since the result would break the pattern.
         """
-        return self.to_dense().as_subclass(_ReadOnlyWeight)
+        weight = self.to_dense()
+        return weight if torch.compiler.is_compiling() else weight.as_subclass(_ReadOnlyWeight)
 
     def forward(self, input: Tensor) -> Tensor:
         if not self._prepared_names:
@@ -189,13 +187,27 @@ class SparseLinear(nn.Linear):
         for name, tensor in packed.tensors.items():
             self._buffers[name] = tensor
 
+    def _set_prepared(self, prepared: tuple[Tensor, ...], backend: str) -> None:
+        for name in FORMATS.get(self.spec.format).parts(self.spec):
+            self._buffers[name] = None
+        self._prepared_names = tuple(f"prepared_{i}" for i in range(len(prepared)))
+        for name, tensor in zip(self._prepared_names, prepared, strict=True):
+            self.register_buffer(name, tensor, persistent=False)
+        self.backend = backend
+
     # What nn.Module does with buffers, through the canonical layout.
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseLinear":
         probe = torch.empty(0, dtype=self.spec.dtype, device=self._device())
         moved = fn(probe)
+
+        def convert(tensor: Tensor) -> Tensor:
+            """`fn`, but for indices, which `module.type(dtype)` would make floats."""
+            new = fn(tensor)
+            return new if tensor.is_floating_point() or new.dtype == tensor.dtype else tensor.to(new.device)
+
         if moved.device == probe.device and moved.dtype == probe.dtype:
-            super()._apply(fn, recurse)
+            super()._apply(convert, recurse)
             return self
         was_prepared = self.is_prepared
         spec = WeightSpec(self.format, self.out_features, self.in_features, moved.dtype)
@@ -206,7 +218,7 @@ class SparseLinear(nn.Linear):
             self._set_canonical(self.packed())
         elif was_prepared:
             self._set_canonical(self.packed())
-        super()._apply(fn, recurse)
+        super()._apply(convert, recurse)
         if moved.dtype != probe.dtype:
             self.spec = spec
             if moved.device.type != "meta":  # a narrower dtype may have turned small values into zeros
@@ -233,30 +245,32 @@ class SparseLinear(nn.Linear):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        names = tuple(FORMATS.get(self.spec.format).parts(self.spec))
-        was_prepared = self.is_prepared
-        before = {name: getattr(self, name) for name in self._prepared_names}
-        backend = self.backend
-        if was_prepared and any(prefix + name in state_dict for name in names):
-            # A copy: loading writes in place, `restore` may hand out the prepared tensors themselves, and a damaged
-            # checkpoint must leave this layer as it was.
-            copies = {name: part.clone() for name, part in self.packed().tensors.items()}
-            self._set_canonical(PackedWeight(self.spec, copies))
-        elif was_prepared:
-            missing_keys.extend(prefix + name for name in names if strict)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        if was_prepared and not self.is_prepared:
-            try:
+        arguments = (state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        keys = [prefix + name for name in FORMATS.get(self.spec.format).parts(self.spec)]
+        if not self.is_prepared or not any(key in state_dict for key in keys):
+            if self.is_prepared and strict:
+                missing_keys.extend(keys)
+            super()._load_from_state_dict(*arguments)
+            return
+        # All or nothing: half of a weight, or a damaged one, leaves this layer as it was. Loading writes in place and
+        # `restore` may hand out the prepared tensors themselves, so it goes into a copy.
+        prepared, backend, bias = self.prepared, self.backend, self.bias
+        bias_values = None if bias is None else bias.detach().clone()
+        num_errors = len(error_msgs)
+        copies = {name: part.clone() for name, part in self.packed().tensors.items()}
+        self._set_canonical(PackedWeight(self.spec, copies))
+        super()._load_from_state_dict(*arguments)
+        try:
+            if all(key in state_dict for key in keys) and len(error_msgs) == num_errors:
                 self.prepare_()
-            except CheckpointError as error:
-                error_msgs.append(f"{prefix.removesuffix('.')}: {error}")
-                for name in names:
-                    self._buffers[name] = None
-                for name, tensor in before.items():
-                    self.register_buffer(name, tensor, persistent=False)
-                self._prepared_names, self.backend = tuple(before), backend
+        except CheckpointError as error:
+            error_msgs.append(f"{prefix.removesuffix('.')}: {error}")
+        if not self.is_prepared:
+            self._set_prepared(prepared, backend)
+        if len(error_msgs) > num_errors and bias is not None and bias_values is not None:
+            self.bias = bias
+            with torch.no_grad():
+                bias.copy_(bias_values)
 
 
 class _ReadOnlyWeight(Tensor):
@@ -266,19 +280,23 @@ class _ReadOnlyWeight(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        name = getattr(func, "__name__", "")
-        in_place = (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE_OPERATORS
-        setter = name == "__set__"
-        if (in_place and name not in _HARMLESS or setter) and args and isinstance(args[0], _ReadOnlyWeight):
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        in_place = (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE_OPERATORS or name == "__set__"
+        first = args[0] if args else kwargs.get("tensor")  # torch.nn.init passes it by name
+        written = first if in_place and name not in _HARMLESS else kwargs.get("out")
+        if isinstance(written, _ReadOnlyWeight):
             raise Unsupported(
                 "the weight of a packed layer is read-only, and what you write would break its zeros: keep adapters "
                 "unmerged, or call sparsekit.unpack_(model), merge there, and prune again"
             )
         with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **(kwargs or {}))
-        if name == "__get__" and isinstance(result, Tensor) and not isinstance(result, _ReadOnlyWeight):
-            return result.as_subclass(_ReadOnlyWeight)  # .data and .T of it stay read-only
-        return result
+            result = func(*args, **kwargs)
+            view = type(result) is Tensor and isinstance(first, Tensor) and _share_memory(result, first)
+        return result.as_subclass(_ReadOnlyWeight) if view else result  # .data, .T, .detach() of it stay read-only
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
 
 
 _IN_PLACE_OPERATORS = frozenset(
