@@ -22,8 +22,8 @@ from sparsekit.methods.inverse_factor import InverseFactor, inverse_factor
 from sparsekit.methods.wanda import Wanda
 from sparsekit.patterns import NM, Block, Unstructured
 
-_STRIP = 32
-"""Columns that a single removed column reaches at once."""
+_STRIP = 8
+"""Columns that a single removed column reaches at once. 8: 4.4 s for a 4096x4096 layer on two cores; 32: 10.4 s."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +97,8 @@ class SparseGPT(OneShot):
             if isinstance(pattern, NM) and k % pattern.m == 0:
                 group = slice(k, k + pattern.m)
                 keep_KN[group] = _keep_largest_of_columns((w_KN[group] / U.diagonal()[group, None]).square(), pattern.n)
-            torch.mul(w_KN[k], ~keep_KN[k], out=errors[k]).div_(pivot)
-            w_KN[k].mul_(keep_KN[k])
+            torch.div(w_KN[k], pivot, out=errors[k]).masked_fill_(keep_KN[k], 0)
+            w_KN[k].masked_fill_(~keep_KN[k], 0)
             w_KN[k + 1 :].addr_(U[k, k + 1 :], errors[k], alpha=-1)
 
     def _choose_tiles(self, w_KN: Tensor, U: Tensor) -> Tensor:
@@ -121,11 +121,12 @@ def _spans(start: int, stop: int, size: int, multiple_of: int) -> Iterator[slice
 
 def _keep_largest_of_columns(scores: Tensor, n: int) -> Tensor:
     """Return the `n` largest of each column of [m, N]; among equals the lower index."""
-    m = scores.shape[0]
-    above = scores[:, None] > scores[None, :]  # [other, self, N]
-    earlier = torch.ones(m, m, dtype=torch.bool, device=scores.device).triu(1)[..., None]
-    above |= (scores[:, None] == scores[None, :]) & earlier
-    return above.sum(dim=0, dtype=torch.int32) < n
+    rank = torch.zeros(scores.shape, dtype=torch.int16, device=scores.device)
+    for k in range(scores.shape[0] - 1):
+        beats = scores[k] >= scores[k + 1 :]
+        rank[k + 1 :] += beats
+        rank[k] += (~beats).sum(dim=0, dtype=torch.int16)
+    return rank < n
 
 
 METHODS.register("sparsegpt", SparseGPT)
