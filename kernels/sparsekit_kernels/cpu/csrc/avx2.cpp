@@ -16,7 +16,7 @@ struct Fp32Of {
     using Weights = __m256;  // 2 rows x 4 columns
     using Inputs = __m256;
     using Sums = __m256;
-    static constexpr int ROWS = 2, UNITS = 4, MAX_TOKENS = 3, MAX_UNITS = 4, FEW_TOKENS = 3;
+    static constexpr int ROWS = 2, UNITS = 4, MAX_TOKENS = 3;
     static constexpr int STRIP = 512, TOKEN_BLOCK = 512, PREFETCH = 0;
 
     static INLINE Sums zero() { return _mm256_setzero_ps(); }

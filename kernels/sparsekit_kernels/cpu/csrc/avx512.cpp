@@ -13,8 +13,8 @@ struct Fp32Of {
     using Weights = __m512;  // 4 rows x 4 columns
     using Inputs = __m512;
     using Sums = __m512;
-    static constexpr int ROWS = 4, UNITS = 2, MAX_TOKENS = 12, MAX_UNITS = 4, FEW_TOKENS = 6;
-    static constexpr int STRIP = 512, TOKEN_BLOCK = 512, PREFETCH = 1024;
+    static constexpr int ROWS = 4, UNITS = 4, MAX_TOKENS = 6;
+    static constexpr int STRIP = 2048, TOKEN_BLOCK = 512, PREFETCH = 1024;
 
     static INLINE Sums zero() { return _mm512_setzero_ps(); }
     static INLINE __m256 load(const float* values) { return _mm256_loadu_ps(values); }

@@ -12,8 +12,8 @@ struct Bf16 {
     using Weights = __m512i;  // 8 rows x 4 columns
     using Inputs = __m512i;
     using Sums = __m512;  // 8 rows x (columns 0 and 1, columns 2 and 3)
-    static constexpr int ROWS = 8, UNITS = 2, MAX_TOKENS = 12, MAX_UNITS = 4, FEW_TOKENS = 6;
-    static constexpr int STRIP = 512, TOKEN_BLOCK = 512, PREFETCH = 1024;
+    static constexpr int ROWS = 8, UNITS = 4, MAX_TOKENS = 6;
+    static constexpr int STRIP = 4096, TOKEN_BLOCK = 512, PREFETCH = 1024;
 
     static INLINE Sums zero() { return _mm512_setzero_ps(); }
     static INLINE Weights expand(const uint16_t* values, const uint8_t* masks) {

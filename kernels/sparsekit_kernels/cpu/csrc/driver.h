@@ -7,7 +7,8 @@
 //
 //     few tokens (one tile)   each weight is expanded in registers and used at once; nothing but the packed bytes is read
 //     more tokens             K is cut into strips. The first tile of a strip also stores what it expands in a panel
-//                             that fits the L1 cache; the other tiles read the panel
+//                             that fits the L2 cache; the other tiles read the panel, and the second one asks for
+//                             the packed bytes of the next strip, so that memory is never idle
 //
 // Accumulators of unfinished strips are kept as they are, so every y is one chain of sums over k whatever M, the number
 // of threads or the tile: results do not depend on them.
@@ -41,15 +42,16 @@ INLINE void narrow_x(uint16_t v, uint16_t* out) { *out = v; }
 template <class Arch>
 struct Tile {
     const typename Arch::X* x;                             // [groups][TOKENS][4]
-    const typename Arch::Value* values[Arch::MAX_UNITS];   // of each unit, at the strip's first column
-    const uint8_t* masks[Arch::MAX_UNITS];
+    const typename Arch::Value* values[Arch::UNITS];   // of each unit, at the strip's first column
+    const uint8_t* masks[Arch::UNITS];
+    const char* next[Arch::UNITS];                         // what the next strip will expand: cache lines to ask for
     typename Arch::Weights* panel;                         // [groups][UNITS], expanded
     typename Arch::Sums* sums;                             // [TOKENS][UNITS], added to (set by the first strip)
     int64_t groups;
     bool first;
 };
 
-enum Source { EXPAND, EXPAND_AND_STORE, PANEL };
+enum Source { EXPAND, EXPAND_AND_STORE, PANEL, PANEL_AND_PREFETCH };
 
 template <class Arch, int TOKENS, int UNITS, Source SOURCE>
 __attribute__((noinline)) void run_tile(const Tile<Arch>& t) {
@@ -62,19 +64,22 @@ __attribute__((noinline)) void run_tile(const Tile<Arch>& t) {
     const typename Arch::X* x = t.x;
     const typename Arch::Value* values[UNITS];
     const uint8_t* masks[UNITS];
-    UNROLL for (int u = 0; u < UNITS; u++) values[u] = t.values[u], masks[u] = t.masks[u];
+    const char* next[UNITS];
+    constexpr int BYTES = BLOCK_VALUES * sizeof(typename Arch::Value);
+    UNROLL for (int u = 0; u < UNITS; u++) values[u] = t.values[u], masks[u] = t.masks[u], next[u] = t.next[u];
     typename Arch::Weights* panel = t.panel;
     const int64_t groups = t.groups;
     for (int64_t g = 0; g < groups; g++) {
         typename Arch::Weights w[UNITS];
         UNROLL for (int u = 0; u < UNITS; u++) {
-            if (SOURCE == PANEL) {
+            if (SOURCE == PANEL || SOURCE == PANEL_AND_PREFETCH) {
                 w[u] = panel[u];
             } else {
                 w[u] = Arch::expand(values[u] + g * BLOCK_VALUES, masks[u] + g * 4);
                 if (Arch::PREFETCH) __builtin_prefetch((const char*)(values[u] + g * BLOCK_VALUES) + Arch::PREFETCH, 0, 3);
             }
             if (SOURCE == EXPAND_AND_STORE) panel[u] = w[u];
+            if (SOURCE == PANEL_AND_PREFETCH) __builtin_prefetch(next[u] + g * BYTES, 0, 2);
         }
         UNROLL for (int m = 0; m < TOKENS; m++) {
             const typename Arch::Inputs xm = Arch::broadcast(x + m * 4);
@@ -93,6 +98,7 @@ struct Dispatch {
         if (source == EXPAND) return run_tile<Arch, TOKENS, UNITS, EXPAND>(t);
         if (TOKENS < (Arch::MAX_TOKENS + 1) / 2) return;  // never: tokens are spread evenly over several tiles
         if (source == PANEL) return run_tile<Arch, TOKENS, UNITS, PANEL>(t);
+        if (source == PANEL_AND_PREFETCH) return run_tile<Arch, TOKENS, UNITS, PANEL_AND_PREFETCH>(t);
         return run_tile<Arch, TOKENS, UNITS, EXPAND_AND_STORE>(t);
     }
 };
@@ -107,8 +113,10 @@ struct Run {
     using X = typename Arch::X;
     using Value = typename Arch::Value;
 
+    static constexpr int UNITS_PER_BLOCK = BLOCK_ROWS / Arch::ROWS;
+
     const Problem& p;
-    int64_t m_begin, num_tokens, num_tiles, groups, strip, num_units, units_per_slab;
+    int64_t m_begin, num_tokens, num_tiles, groups, strip, num_units;
     X* x;
     volatile bool out_of_memory;
 
@@ -154,35 +162,41 @@ struct Run {
         }
     }
 
+    const Value* values_of(int64_t unit, int64_t g) const {
+        return (const Value*)p.values + (unit / UNITS_PER_BLOCK * groups + g) * BLOCK_VALUES + unit % UNITS_PER_BLOCK * Arch::ROWS * 2;
+    }
+    const uint8_t* masks_of(int64_t unit, int64_t g) const {
+        return (const uint8_t*)(p.masks + unit / UNITS_PER_BLOCK * groups + g) + unit % UNITS_PER_BLOCK * Arch::ROWS / 2;
+    }
+
     template <int UNITS>
     void slab(int64_t unit, typename Arch::Weights* panel, typename Arch::Sums* sums) const {
-        constexpr int UNITS_PER_BLOCK = BLOCK_ROWS / Arch::ROWS;
         Tile<Arch> t;
-        if (unit * Arch::ROWS >= p.N) return;
         t.panel = panel;
         for (int64_t g = 0; g < groups; g += strip) {
             t.groups = min_of(strip, groups - g);
             t.first = g == 0;
+            const bool ends = g + t.groups == groups;
             for (int u = 0; u < UNITS; u++) {
-                const int64_t block = (unit + u) / UNITS_PER_BLOCK * groups + g, part = (unit + u) % UNITS_PER_BLOCK;
-                t.values[u] = (const Value*)p.values + block * BLOCK_VALUES + part * Arch::ROWS * 2;
-                t.masks[u] = (const uint8_t*)(p.masks + block) + part * Arch::ROWS / 2;
+                t.values[u] = values_of(unit + u, g);
+                t.masks[u] = masks_of(unit + u, g);
+                // An address past the last weight is never read: to prefetch it is harmless.
+                t.next[u] = (const char*)(ends ? values_of(unit + UNITS + u, 0) : values_of(unit + u, g + t.groups));
             }
             for (int64_t i = 0; i < num_tiles; i++) {
                 const int64_t begin = tile_begin(i);
                 t.x = x + (g * num_tokens + begin * t.groups) * 4;
                 t.sums = sums + begin * UNITS;
-                const int tokens = (int)(tile_begin(i + 1) - begin);
-                Dispatch<Arch, (UNITS == Arch::MAX_UNITS ? Arch::FEW_TOKENS : Arch::MAX_TOKENS), UNITS>::run(
-                    t, tokens, num_tiles == 1 ? EXPAND : i ? PANEL : EXPAND_AND_STORE);
+                const Source source = num_tiles == 1 ? EXPAND : i == 0 ? EXPAND_AND_STORE : i == 1 ? PANEL_AND_PREFETCH : PANEL;
+                Dispatch<Arch, Arch::MAX_TOKENS, UNITS>::run(t, (int)(tile_begin(i + 1) - begin), source);
             }
         }
         finish<UNITS>(unit, sums);
     }
 
     void slabs(int64_t begin, int64_t end) {
-        const size_t panel_bytes = num_tiles > 1 ? strip * units_per_slab * sizeof(typename Arch::Weights) : 0;
-        const size_t sums_bytes = num_tokens * units_per_slab * sizeof(typename Arch::Sums);
+        const size_t panel_bytes = num_tiles > 1 ? strip * Arch::UNITS * sizeof(typename Arch::Weights) : 0;
+        const size_t sums_bytes = num_tokens * Arch::UNITS * sizeof(typename Arch::Sums);
         void* scratch = nullptr;
         if (posix_memalign(&scratch, 64, panel_bytes + sums_bytes)) {
             out_of_memory = true;
@@ -191,13 +205,9 @@ struct Run {
         auto* panel = (typename Arch::Weights*)scratch;
         auto* sums = (typename Arch::Sums*)((char*)scratch + panel_bytes);
         for (int64_t s = begin; s < end; s++) {
-            int64_t unit = s * units_per_slab;
-            if (unit + units_per_slab <= num_units) {
-                if (units_per_slab == Arch::MAX_UNITS) {
-                    slab<Arch::MAX_UNITS>(unit, panel, sums);
-                } else {
-                    slab<Arch::UNITS>(unit, panel, sums);
-                }
+            int64_t unit = s * Arch::UNITS;
+            if (unit + Arch::UNITS <= num_units) {
+                slab<Arch::UNITS>(unit, panel, sums);
             } else {
                 for (; unit < num_units; unit++) slab<1>(unit, panel, sums);
             }
@@ -209,7 +219,7 @@ struct Run {
 template <class Arch>
 int spmm24(const Problem& p) {
     constexpr int64_t SMALL_JOB = 1 << 17;  // multiplications that one thread does sooner than it wakes another
-    const int64_t groups = ceil_div(p.K, 8) * 2, blocks = ceil_div(p.N, BLOCK_ROWS);
+    const int64_t groups = ceil_div(p.K, 8) * 2;
     if (p.M == 0 || p.N == 0) return 0;
     const int64_t num_token_blocks = ceil_div(p.M, Arch::TOKEN_BLOCK), token_block = ceil_div(p.M, num_token_blocks);
     void* packed = nullptr;
@@ -217,11 +227,10 @@ int spmm24(const Problem& p) {
     int status = 0;
     for (int64_t m = 0; m < p.M && !status; m += token_block) {
         const int64_t tokens = min_of(token_block, p.M - m);
-        Run<Arch> run{p, m, tokens, 0, groups, 0, 0, 0, (typename Arch::X*)packed, false};
+        Run<Arch> run{p, m, tokens, 0, groups, 0, 0, (typename Arch::X*)packed, false};
         run.num_tiles = ceil_div(tokens, Arch::MAX_TOKENS);
         run.strip = run.num_tiles > 1 ? min_of(Arch::STRIP / 4, groups) : groups;
-        run.num_units = blocks * (BLOCK_ROWS / Arch::ROWS);
-        run.units_per_slab = tokens <= Arch::FEW_TOKENS ? Arch::MAX_UNITS : Arch::UNITS;
+        run.num_units = ceil_div(p.N, Arch::ROWS);
         const int64_t num_packs = ceil_div(groups, run.strip) * run.num_tiles;
         auto pack = [](int64_t begin, int64_t end, void* context) {
             auto& r = *(Run<Arch>*)context;
@@ -233,8 +242,8 @@ int spmm24(const Problem& p) {
             status = 2;
         }
         auto multiply = [](int64_t begin, int64_t end, void* context) { ((Run<Arch>*)context)->slabs(begin, end); };
-        const int64_t num_slabs = ceil_div(run.num_units, run.units_per_slab);
-        const int64_t per_slab = tokens * groups * 4 * run.units_per_slab * Arch::ROWS;
+        const int64_t num_slabs = ceil_div(run.num_units, Arch::UNITS);
+        const int64_t per_slab = tokens * groups * 4 * Arch::UNITS * Arch::ROWS;
         if (!status && p.parallel_for(0, num_slabs, ceil_div(SMALL_JOB, per_slab), multiply, &run)) status = 2;
         if (!status && run.out_of_memory) status = 1;
     }

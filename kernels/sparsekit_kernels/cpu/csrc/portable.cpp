@@ -15,7 +15,7 @@ struct Fp32Of {
     using Weights = Float8;  // 2 rows x 4 columns
     using Inputs = Float8;
     using Sums = Float8;
-    static constexpr int ROWS = 2, UNITS = 2, MAX_TOKENS = 3, MAX_UNITS = 4, FEW_TOKENS = 1;
+    static constexpr int ROWS = 2, UNITS = 2, MAX_TOKENS = 2;
     static constexpr int STRIP = 512, TOKEN_BLOCK = 512, PREFETCH = 0;
 
     static INLINE Sums zero() { return Float8{}; }
