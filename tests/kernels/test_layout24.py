@@ -104,9 +104,9 @@ def test_matches_the_metadata_that_torch_builds_for_its_own_2_4_tensors():
     "dtype,bits", [(torch.float32, torch.int32), (torch.bfloat16, torch.int16), (torch.float16, torch.int16)]
 )
 def test_special_values_survive_to_the_bit(dtype, bits):
-    w = torch.zeros(1, 8, dtype=dtype)
+    w = torch.zeros(1, 16, dtype=dtype)
     w[0, :6:2] = torch.tensor([float("inf"), float("nan"), -float("inf")])
-    w.view(bits)[0, 6:] = torch.tensor([1, -3], dtype=bits)  # the smallest subnormal, and a NaN with a payload
+    w.view(bits)[0, 8:10] = torch.tensor([1, -3], dtype=bits)  # the smallest subnormal, and a NaN with a payload
     values, meta = compress24(w)
     assert torch.equal(decompress24(values, meta).view(bits), w.view(bits))
 
