@@ -320,6 +320,13 @@ class TestWalk:
         assert found[name].num_tokens == 19
         assert (found[name].matrix - expected[name]).abs().max() <= 1e-4 * expected[name].abs().max()
 
+    def test_blocks_that_are_done_are_not_run_again(self):
+        model, runs = tiny_model("llama"), []
+        handle = model.model.layers[0].mlp.register_forward_hook(lambda *_: runs.append(1))
+        gathered(model, [{"input_ids": ids[None]} for ids in token_samples(5)])
+        handle.remove()
+        assert len(runs) == 1 + 5 + 5, "to plan on the first batch, to measure, and to feed the next block"
+
     def test_skips_over_blocks_are_run_whole(self):
         class Block(nn.Module):
             def __init__(self):
