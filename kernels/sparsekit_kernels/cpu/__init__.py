@@ -128,7 +128,8 @@ def spmm24(x: Tensor, blocks: Tensor, masks: Tensor, N: int, bias: Tensor | None
     dtype_id = _DTYPE_IDS.get(x.dtype)
     if dtype_id is None or x.dtype != blocks.dtype or x.device.type != "cpu":
         raise ValueError(
-            f"spmm24 takes x and W of one dtype, bfloat16 or float32, on the CPU; got {x.dtype} on {x.device} and {blocks.dtype}"
+            f"spmm24 takes x and W of one dtype, bfloat16 or float32, on the CPU; "
+            f"got {x.dtype} on {x.device} and {blocks.dtype}"
         )
     if (K + 7) // 8 * 2 != masks.shape[1]:
         raise ValueError(f"x has {K} features, W has {masks.shape[1] * 4} (rounded up to 8): pass x of shape [..., K]")
@@ -165,7 +166,8 @@ def _check_prepared(blocks: Tensor, masks: Tensor, N: int) -> None:
         or not masks.is_contiguous()
     ):
         raise ValueError(
-            f"blocks {tuple(blocks.shape)} and masks {tuple(masks.shape)} {masks.dtype} are not what prepare() returns for N={N}"
+            f"blocks {tuple(blocks.shape)} and masks {tuple(masks.shape)} {masks.dtype} "
+            f"are not what prepare() returns for N={N}"
         )
 
 
@@ -214,5 +216,6 @@ def _functions() -> dict:
 
 
 @functools.cache
-def _spmm24():
+def _spmm24() -> tuple:
+    """Return the level of the instruction set, the compiled product and the address of torch's parallel loop."""
     return ISAS.index(isa()), _functions()["spmm24"], _parallel_for()

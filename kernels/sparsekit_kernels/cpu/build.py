@@ -81,7 +81,9 @@ def library() -> ctypes.CDLL:
             _compile(command, path)
             return ctypes.CDLL(str(path))
     except OSError as error:
-        raise BuildError(f"cannot write or load compiled kernels in {folder} or {tempfile.gettempdir()}: {error}") from error
+        raise BuildError(
+            f"cannot write or load compiled kernels in {folder} or {tempfile.gettempdir()}: {error}"
+        ) from error
 
 
 def _key(command: list[str]) -> str:
