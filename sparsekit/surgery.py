@@ -22,7 +22,8 @@ def apply_(model: M, plan: Plan) -> M:
         ValueError: the plan names layers that the model lacks, that are no linear layers or have another shape; or
             the method also updated kept weights, and this model does not hold the updated ones.
     """
-    layers = {name: _layer(model, name, plan.masks[name].shape) for name in plan.masks}
+    inner = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    layers = {name: _layer(inner, name, plan.masks[name].shape) for name in plan.masks}
     if plan.made_by.updates_weights:
         _refuse_without_update(layers, plan)
     with torch.no_grad():

@@ -53,8 +53,8 @@ def find_targets(
             f"({_some(sorted(found))}): narrow ignore"
         )
     chosen = {name: linears[name] for name in linears if name in set(kept)}
-    _refuse_shared(model, chosen)
     _refuse_unusable(chosen)
+    _refuse_shared(model, chosen)
     return chosen
 
 
@@ -134,7 +134,9 @@ def _refuse_shared(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
 
 def _refuse_unusable(chosen: dict[str, nn.Module]) -> None:
     for name, module in chosen.items():
-        weight = module.get_parameter("weight")
+        weight = dict(module.named_parameters(recurse=False)).get("weight")
+        if weight is None:
+            raise ValueError(f"the weight of {name} is computed from other tensors: remove its parametrization first")
         if weight.is_meta:
             raise ValueError(
                 f"the weight of {name} is on the meta device, so it holds no numbers: load the model first"

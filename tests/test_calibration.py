@@ -145,6 +145,12 @@ class TestTokens:
         samples = load_samples(tensors, llama, batch_size=2)
         assert rows(samples) == [[[3] * 3] * 2, [[3] * 3], [[4] * 4] * 2]
 
+    def test_what_a_tokenizer_returns_is_one_batch(self, llama):
+        from transformers import BatchEncoding
+
+        encoded = BatchEncoding({"input_ids": torch.tensor([[1, 2], [3, 4]])})
+        assert rows(load_samples(encoded, llama)) == [[[1, 2], [3, 4]]]
+
     def test_data_loaders_and_dicts(self, llama):
         data = [{"input_ids": torch.tensor([1, 2, 3]), "attention_mask": torch.tensor([1, 1, 0]), "labels": 1}] * 5
         samples = load_samples(torch.utils.data.DataLoader(data, batch_size=2), llama)

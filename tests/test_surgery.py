@@ -51,6 +51,14 @@ def test_layers_stay_trainable_and_zeros_come_back():
         assert type(layer) is nn.Linear and layer.weight.requires_grad
 
 
+def test_compiled_models_have_the_names_of_what_they_wrap():
+    model, fresh = tiny_model("llama"), tiny_model("llama")
+    plan = prune_(torch.compile(model), "magnitude", progress=False)
+    assert list(plan.masks) == list(find_targets(model))
+    apply_(torch.compile(fresh), plan)
+    assert same(fresh, model)
+
+
 def test_nan_is_zeroed_where_it_is_removed():
     model = nn.Sequential(nn.Linear(4, 1))
     plan = prune_(model, "magnitude", progress=False)

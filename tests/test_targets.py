@@ -137,5 +137,11 @@ def test_weights_that_cannot_be_pruned_are_refused():
         find_targets(quantised)
 
 
+def test_a_parametrized_weight_is_refused():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
+    with pytest.raises(ValueError, match="the weight of 0 is computed from other tensors"):
+        find_targets(model)
+
+
 def test_the_model_may_be_a_linear_layer():
     assert list(find_targets(nn.Linear(4, 4))) == [""]

@@ -92,7 +92,7 @@ def _open(dataset: Any) -> tuple[Any, Iterator[Any], bool]:
         dataset = _read_path(Path(dataset))
     elif isinstance(dataset, Tensor):
         dataset = list(dataset.split(1)) if dataset.dim() > 1 else [dataset]
-    elif isinstance(dataset, dict):
+    elif hasattr(dataset, "keys"):
         splits = [str(key) for key, value in dataset.items() if hasattr(value, "column_names")]
         dataset = [dataset] if not splits else _wrong(f"dataset holds the splits {splits}: pass one of them")
     if not isinstance(dataset, Iterable):
