@@ -155,7 +155,11 @@ class SparseLinear(nn.Linear):
         Adapters read its dtype, device and values; a merge into it raises, since the result would break the pattern.
         """
         weight = self.to_dense()
-        return weight if torch.compiler.is_compiling() else weight.as_subclass(_ReadOnlyWeight)
+        if torch.compiler.is_compiling():
+            return weight
+        read_only: Any = weight.as_subclass(_ReadOnlyWeight)
+        read_only._is_hf_initialized = True  # or transformers draws random numbers into it while it loads GPT-2
+        return read_only
 
     def forward(self, input: Tensor) -> Tensor:
         if not self._prepared_names:
