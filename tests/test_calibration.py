@@ -165,7 +165,7 @@ class TestTokens:
             ([torch.tensor([-1, 3])], "token ids from -1 to 3"),
             ([torch.ones(65, dtype=torch.long)], "sample 0 holds 65 tokens, and the model has 64 positions"),
             ([torch.ones(0, dtype=torch.long)], "0 tokens"),
-            ([object()], "dataset holds a object: use strings"),
+            ([1j], "dataset holds a complex: use strings"),
             ([{"words": 3}], "dataset rows hold"),
             ([{"image": torch.ones(2, 2), "mask_": torch.ones(2, 2)}] * 0, "dataset is empty"),
             (3, "dataset is a int: pass a list"),
