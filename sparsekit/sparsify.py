@@ -4,6 +4,7 @@ import warnings
 from typing import Any
 
 import torch.nn as nn
+from torch import Tensor
 
 from sparsekit.backends import BACKENDS
 from sparsekit.check import check
@@ -11,7 +12,7 @@ from sparsekit.errors import SparsekitError
 from sparsekit.formats import FORMATS
 from sparsekit.methods import METHODS, OneShot, method_config
 from sparsekit.pack import pack_
-from sparsekit.patterns import NM, Block, Pattern, parse_pattern
+from sparsekit.patterns import NM, Pattern, parse_pattern
 from sparsekit.prune import prune_
 from sparsekit.snapshot import restored_on_failure
 from sparsekit.surgery import apply_
@@ -77,9 +78,12 @@ def sparsify(
         BACKENDS.get(backend)
     whole, model = model, getattr(model, "_orig_mod", model)  # what torch.compile wraps
     layers = find_targets(model, targets, ignore)
-    with restored_on_failure(model):
+    with restored_on_failure(model) as snapshot:
         if method is None and _obey(layers, wanted):
             plan = None
+            for name, layer in layers.items():
+                if _has_negative_zero(weight_NK(layer)):  # as `w * mask` leaves them; packed they become +0.0
+                    snapshot.remember(name)
         else:
             plan = prune_(
                 model,
@@ -120,7 +124,7 @@ def _choose_method(method: Any, pattern: Pattern, sparsity: float, has_data: boo
                 "as 128 samples of text. Pass dataset= and tokenizer=",
                 stacklevel=3,
             )
-        method = "sparsegpt" if has_data and not isinstance(pattern, Block) else "wanda" if has_data else "magnitude"
+        method = "sparsegpt" if has_data else "magnitude"
     if isinstance(method, str):
         return METHODS.get(method)(pattern=str(pattern), sparsity=sparsity)
     config = method_config(method)
@@ -134,6 +138,10 @@ def _obey(layers: dict[str, nn.Module], pattern: Pattern) -> bool:
     return isinstance(pattern, NM) and all(
         pattern.count_violations(weight_NK(layer) != 0) == 0 for layer in layers.values()
     )
+
+
+def _has_negative_zero(w_NK: Tensor) -> bool:
+    return bool((w_NK.signbit() & (w_NK == 0)).any())
 
 
 def _has_packed_format(layers: dict[str, nn.Module]) -> bool:

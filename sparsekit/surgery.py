@@ -1,5 +1,6 @@
 """A plan made true in plain torch: the reference that everything faster is compared with."""
 
+import warnings
 from typing import TypeVar
 
 import torch
@@ -18,14 +19,16 @@ def apply_(model: M, plan: Plan) -> M:
     Layers keep their class, dtype and device, and stay trainable. Applying twice changes nothing more; after training
     it brings the zeros back. Nothing changes unless the whole plan fits.
 
+    Warns when the method also updated kept weights (SparseGPT) and this model has non-zeros where the plan removes: that
+    is as it should be after training, and means a lost update on a model that `prune_` did not run on.
+
     Raises:
-        ValueError: the plan names layers that the model lacks, that are no linear layers or have another shape; or
-            the method also updated kept weights, and this model does not hold the updated ones.
+        ValueError: the plan names layers that the model lacks, that are no linear layers or have another shape.
     """
     inner = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     layers = {name: _layer(inner, name, plan.masks[name].shape) for name in plan.masks}
     if plan.made_by.updates_weights:
-        _refuse_without_update(layers, plan)
+        _warn_without_update(layers, plan)
     with torch.no_grad():
         for name, layer in layers.items():
             w_NK = weight_NK(layer)
@@ -47,11 +50,14 @@ def _layer(model: nn.Module, name: str, shape: tuple[int, int]) -> nn.Module:
     return layer
 
 
-def _refuse_without_update(layers: dict[str, nn.Module], plan: Plan) -> None:
+def _warn_without_update(layers: dict[str, nn.Module], plan: Plan) -> None:
     for name, layer in layers.items():
         w_NK = weight_NK(layer)
         if bool((w_NK != 0).logical_and_(~plan.masks[name].to(w_NK.device).keep).any()):
-            raise ValueError(
-                f"{plan.made_by.method} also updated the weights that it kept, and {name} does not hold the update: "
-                "apply this plan to the model that prune_ ran on, or to one loaded from a save of it"
+            warnings.warn(
+                f"{name} has non-zeros where the plan removes. Unless you trained this model after prune_, it lacks the "
+                f"update that {plan.made_by.method} made to the weights it kept, and will be worse: apply the plan to "
+                "the model that prune_ ran on, or to one loaded from a save of it",
+                stacklevel=3,
             )
+            return

@@ -83,12 +83,12 @@ def test_a_plan_for_another_model_changes_nothing(what):
     assert same(model, before)
 
 
-def test_a_plan_with_an_update_needs_the_updated_model():
+def test_a_plan_with_an_update_warns_on_another_model_and_brings_zeros_back_after_training():
     model, fresh = tiny_model("llama"), tiny_model("llama")
     plan = prune_(model, SparseGPT(), dataset=token_samples(), progress=False)
     pruned = copy.deepcopy(model)
     assert same(apply_(model, plan), pruned)
-    before = copy.deepcopy(fresh)
-    with pytest.raises(ValueError, match="sparsegpt also updated the weights .* does not hold the update"):
+    with pytest.warns(UserWarning, match="lacks the update that sparsegpt made"):
         apply_(fresh, plan)
-    assert same(fresh, before)
+    for name, mask in plan.masks.items():
+        assert not fresh.get_submodule(name).weight[~mask.keep].any()
