@@ -19,8 +19,8 @@ def apply_(model: M, plan: Plan) -> M:
     Layers keep their class, dtype and device, and stay trainable. Applying twice changes nothing more; after training
     it brings the zeros back. Nothing changes unless the whole plan fits.
 
-    Warns when the method also updated kept weights (SparseGPT) and this model has non-zeros where the plan removes: that
-    is as it should be after training, and means a lost update on a model that `prune_` did not run on.
+    Warns when the method also updated kept weights (SparseGPT) and this model has non-zeros where the plan removes:
+    that is as it should be after training, and means a lost update on a model that `prune_` did not run on.
 
     Raises:
         ValueError: the plan names layers that the model lacks, that are no linear layers or have another shape.
@@ -55,8 +55,8 @@ def _warn_without_update(layers: dict[str, nn.Module], plan: Plan) -> None:
         w_NK = weight_NK(layer)
         if bool((w_NK != 0).logical_and_(~plan.masks[name].to(w_NK.device).keep).any()):
             warnings.warn(
-                f"{name} has non-zeros where the plan removes. Unless you trained this model after prune_, it lacks the "
-                f"update that {plan.made_by.method} made to the weights it kept, and will be worse: apply the plan to "
+                f"{name} has non-zeros where the plan removes. Unless you trained it after prune_, the model lacks the "
+                f"update that {plan.made_by.method} made to the kept weights, and will be worse: apply the plan to "
                 "the model that prune_ ran on, or to one loaded from a save of it",
                 stacklevel=3,
             )
