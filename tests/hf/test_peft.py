@@ -68,7 +68,7 @@ def test_trains_unmerged(family, targets, dora):
         assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in trained.values())
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.9 * losses[0], losses
+    assert losses[-1] < 0.95 * losses[0], losses
     assert any(parameter.grad.any() for name, parameter in trained.items() if "lora_A" in name)
     assert same_bytes(packed_bytes(model), before), "the packed weights changed"
 
