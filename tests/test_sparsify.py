@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import sparsekit as sk
-from sparsekit import NonFiniteError, SparseLinear, SparsekitError, Unsupported
+from sparsekit import NonFiniteError, SparsekitError, SparseLinear, Unsupported
 from sparsekit.pack import sparse_layers
 
 sparsify_module = importlib.import_module("sparsekit.sparsify")
