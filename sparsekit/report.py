@@ -54,7 +54,10 @@ class Report:
         from rich.markup import escape
         from rich.table import Table
 
-        console = console or Console()
+        if console is None:
+            console = Console()
+            if not console.is_terminal:  # a file or a pipe has no width: do not fold the table to rich's 80
+                console = Console(width=160)
         console.print(f"[bold]{escape(self.title)}[/bold]", highlight=False)
         for name, value in self.summary.items():
             console.print(f"  {escape(name)}: {escape(show(value))}", highlight=False)
