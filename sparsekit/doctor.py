@@ -15,6 +15,7 @@ from torch import nn
 from sparsekit.backends import BACKENDS
 from sparsekit.benchmarking import LayerShape, environment, get_shapes, measure_ceilings, measure_shapes
 from sparsekit.benchmarking.shapes import SHAPES, group_shapes
+from sparsekit.benchmarking.timing import noise_notes
 from sparsekit.errors import Unsupported
 from sparsekit.formats import WeightSpec
 from sparsekit.progress import progress_bar
@@ -226,6 +227,7 @@ def _measure(
         report.notes.append(f"not measured within {max_seconds:.0f} s: {', '.join(left_out)}")
     if report.rows:
         report.summary |= _totals(report.rows, num_tokens)
+        report.notes += noise_notes([row["noise"] for row in report.rows])
 
 
 def advice(speedup: float) -> str:

@@ -32,6 +32,7 @@ from sparsekit.benchmarking import (
     time_pair,
 )
 from sparsekit.benchmarking.models import verdict
+from sparsekit.benchmarking.timing import noise_notes
 from sparsekit.errors import SparsekitError, Unsupported
 from sparsekit.pack import sparse_layers
 
@@ -68,6 +69,13 @@ def test_timing_statistics():
     assert (timing.min, timing.median, timing.p20, timing.p80) == (1.0, 3.5, 2.0, 5.0)
     assert Timing((2.0,)).to_dict() == {"min_s": 2.0, "median_s": 2.0, "p20_s": 2.0, "p80_s": 2.0, "rounds": 1}
     assert Comparison({"dense": Timing((3.0,)), "sparse": Timing((2.0,))}).ratio("dense", "sparse") == 1.5
+
+
+def test_a_disturbed_measurement_is_told():
+    quiet, disturbed = Timing((1.0, 1.1, 1.2)), Timing((1.0, 3.0, 4.0))
+    assert Comparison({"dense": quiet, "sparse": disturbed}).noise == 3.0
+    assert noise_notes([1.1, 1.2]) == []
+    assert "1 of 2 measurements were disturbed: medians up to 3.0" in noise_notes([1.1, 3.0])[0]
 
 
 def test_variants_take_turns_in_both_orders():

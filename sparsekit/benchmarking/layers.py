@@ -152,6 +152,7 @@ def layer_row(
         device = sparse.prepared[0].device
         ceilings = measure_ceilings(device, (sparse.spec.dtype,))
         row["GB/s"] = sparse.packed_bytes() / 1e9 / seconds
+        row["noise"] = round(timings.noise, 2)
         row["of ceiling"] = round(ceilings.share(sparse.packed_bytes(), flops, seconds, sparse.spec.dtype), 2)
     return row
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sparsekit.benchmarking.layers import MODEL_TOLERANCE, LayerShape, agree, layer_row, time_layers
 from sparsekit.benchmarking.machine import cache_bytes, environment, free_bytes
-from sparsekit.benchmarking.timing import Comparison, Timing, synchronize
+from sparsekit.benchmarking.timing import Comparison, Timing, noise_notes, synchronize
 from sparsekit.errors import SparsekitError
 from sparsekit.nn import SparseLinear
 from sparsekit.pack import dense_layer, sparse_layers
@@ -93,6 +93,7 @@ def benchmark(
     if comparison and "decode" in comparison:
         for side, timing in comparison["decode"].timings.items():
             report.summary[f"decode tokens/s {side}"] = batch_size * new_tokens / timing.median
+    report.notes += noise_notes([timings.noise for timings in (comparison or {}).values()])
     report.summary |= memory_summary(model)
     reason = _reason(sparse, rows, comparison, num_tokens, new_tokens, device)
     report.summary["verdict"] = verdict(speedups, reason) if speedups else _layer_verdict(sparse, rows)

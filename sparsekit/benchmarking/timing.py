@@ -67,6 +67,11 @@ class Comparison:
         """Return how many times faster `other` is than `base`: the ratio of their medians."""
         return self.timings[base].median / self.timings[other].median
 
+    @property
+    def noise(self) -> float:
+        """How far the medians are from the best times, at worst: about 1.0 on a quiet machine."""
+        return max(timing.median / timing.min for timing in self.timings.values())
+
 
 def compare(
     calls: Mapping[str, Call],
@@ -116,6 +121,21 @@ def rotate(calls: Sequence[Call]) -> Call:
         raise ValueError("nothing to rotate over: pass at least one call")
     turns = itertools.cycle(calls)
     return lambda: next(turns)()
+
+
+NOISY = 1.5
+"""Medians this many times the best time mean that something else used the machine."""
+
+
+def noise_notes(noises: Sequence[float]) -> list[str]:
+    """Return a warning for readers where some measurement was disturbed."""
+    disturbed = sum(noise > NOISY for noise in noises)
+    if not disturbed:
+        return []
+    return [
+        f"{disturbed} of {len(noises)} measurements were disturbed: medians up to {max(noises):.1f} times the best; "
+        "other work runs on this machine, so run again when it is quiet"
+    ]
 
 
 def _cpu_time(call: Call) -> float:

@@ -7,6 +7,7 @@ import torch
 import sparsekit as sk
 from sparsekit.backends import BACKENDS
 from sparsekit.benchmarking import get_shapes, measure_ceilings, measure_shapes
+from sparsekit.benchmarking.timing import noise_notes
 from sparsekit.cli.models import load_model, parse_device
 from sparsekit.cli.output import Output
 from sparsekit.doctor import parse_dtype
@@ -54,6 +55,7 @@ def bench_shapes(
             report.rows.append(row)
             bar.advance(1, f"{row['shape']} M={row['M']}")
     report.summary |= {f"speedup of one pass at M={m}": round(pass_speedup(report.rows, m), 3) for m in num_tokens}
+    report.notes += noise_notes([row["noise"] for row in report.rows])
     return output.add("shapes", report)
 
 

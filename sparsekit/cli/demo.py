@@ -13,6 +13,7 @@ from torch import nn
 import sparsekit as sk
 from sparsekit.benchmarking import get_shapes, measure_shapes
 from sparsekit.benchmarking.models import is_causal
+from sparsekit.benchmarking.timing import noise_notes
 from sparsekit.cli.bench import by_shape, pass_speedup
 from sparsekit.cli.models import load_model, load_tokenizer, need_file, parse_device
 from sparsekit.cli.output import Output
@@ -176,4 +177,5 @@ def _kernels(shapes: str, device: str | None, output: Output) -> None:
                 report.rows.append(row)
                 bar.advance(1, f"{row['shape']} M={row['M']}")
         report.summary |= {f"one pass at M={m}": f"{pass_speedup(report.rows, m):.2f}x" for m in NUM_TOKENS}
+        report.notes += noise_notes([row["noise"] for row in report.rows])
         output.add(f"kernels_{name}", report, shown=by_shape(report))
