@@ -218,10 +218,14 @@ struct Run {
 
 template <class Arch>
 int spmm24(const Problem& p) {
+    constexpr int64_t X_BYTES = 8 << 20;  // fp32 M=512 K=14336: 1.6 times 32 MB (one core of an EPYC, Zen 4)
     constexpr int64_t SMALL_JOB = 1 << 17;  // multiplications that one thread does sooner than it wakes another
     const int64_t groups = ceil_div(p.K, 8) * 2;
     if (p.M == 0 || p.N == 0) return 0;
-    const int64_t num_token_blocks = ceil_div(p.M, Arch::TOKEN_BLOCK), token_block = ceil_div(p.M, num_token_blocks);
+    // The packed x of a block is read once for every slab: it should stay in the last cache beside the weights.
+    const int64_t fit = X_BYTES / (groups * 4 * (int64_t)sizeof(typename Arch::X));
+    const int64_t most_tokens = fit < 96 ? 96 : min_of(fit, Arch::TOKEN_BLOCK);
+    const int64_t num_token_blocks = ceil_div(p.M, most_tokens), token_block = ceil_div(p.M, num_token_blocks);
     void* packed = nullptr;
     if (posix_memalign(&packed, 64, (size_t)(token_block * groups * 4) * sizeof(typename Arch::X))) return 1;
     int status = 0;
