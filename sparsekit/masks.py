@@ -6,7 +6,8 @@ from torch import Tensor
 from sparsekit.errors import PatternError
 from sparsekit.patterns import Pattern, parse_pattern
 
-_BIT_WEIGHTS = (1, 2, 4, 8, 16, 32, 64, 128)
+# Eight bytes 0/1 read as one int64 and multiplied by this have their bits, lowest first, in the top byte.
+_GATHER_BITS = 0x0102040810204080
 
 
 class Mask:
@@ -39,9 +40,9 @@ class Mask:
     @property
     def keep(self) -> Tensor:
         """Boolean [N, K], True = kept."""
-        weights = torch.tensor(_BIT_WEIGHTS, dtype=torch.uint8, device=self.bits.device)
-        spread = (self.bits[..., None] & weights) != 0
-        return spread.flatten(1)[:, : self.shape[1]].contiguous()
+        table = torch.arange(256, device=self.bits.device)[:, None] >> torch.arange(8, device=self.bits.device) & 1
+        spread = table.to(torch.bool).view(torch.int64).squeeze(1)[self.bits.int()].view(torch.bool)
+        return spread[:, : self.shape[1]].contiguous()
 
     @property
     def sparsity(self) -> float:
@@ -78,6 +79,5 @@ class Mask:
 
 def _pack_bits(keep: Tensor) -> Tensor:
     N, K = keep.shape
-    padded = torch.nn.functional.pad(keep, (0, -K % 8)).unflatten(1, (-(-K // 8), 8))
-    weights = torch.tensor(_BIT_WEIGHTS, dtype=torch.uint8, device=keep.device)
-    return (padded * weights).sum(-1, dtype=torch.uint8)
+    padded = torch.nn.functional.pad(keep, (0, -K % 8)).contiguous().unflatten(1, (-(-K // 8), 8))
+    return (padded.view(torch.int64).squeeze(-1) * _GATHER_BITS >> 56).to(torch.uint8)

@@ -65,7 +65,9 @@ class Report:
             table = Table()
             for column in self.columns:
                 numeric = all(isinstance(row.get(column), int | float | None) for row in self.rows)
-                table.add_column(escape(column), justify="right" if numeric else "left", overflow="fold")
+                table.add_column(
+                    escape(column), justify="right" if numeric else "left", overflow="fold", no_wrap=numeric
+                )
             for row in self.rows:
                 table.add_row(*(escape(show(row.get(column))) for column in self.columns))
             console.print(table)

@@ -28,7 +28,7 @@ def test_unknown_pattern_names_the_nearest():
         parse_pattern("unstructered")
 
 
-@pytest.mark.parametrize("n,m,K", [(2, 4, 8), (1, 4, 9), (2, 4, 7), (3, 5, 10), (4, 8, 12)])
+@pytest.mark.parametrize("n,m,K", [(2, 4, 8), (1, 4, 9), (2, 4, 7), (3, 5, 10), (4, 8, 12), (4, 9, 20)])
 def test_nm_keeps_the_best_of_all_masks(n, m, K):
     scores = torch.rand(3, K, generator=torch.Generator().manual_seed(K))
     keep = NM(n, m).project(scores)
@@ -42,6 +42,7 @@ def test_nm_keeps_the_best_of_all_masks(n, m, K):
 
 def test_ties_go_to_the_lower_index():
     assert NM(2, 4).project(torch.ones(1, 6)).tolist() == [[True, True, False, False, True, True]]
+    assert NM(2, 9).project(torch.ones(1, 9)).nonzero()[:, 1].tolist() == [0, 1]
     assert Unstructured().project(torch.zeros(2, 2), 0.5).tolist() == [[True, True], [False, False]]
 
 
