@@ -48,6 +48,9 @@ def replace_dir(path: Path, bytes_needed: int, stale: tuple[str, ...] = ()) -> I
     try:
         os.chmod(temporary, 0o777 & ~_umask())
         yield temporary
+        for file in temporary.rglob("*"):  # safetensors makes its files readable by their owner alone
+            if file.is_file():
+                os.chmod(file, 0o666 & ~_umask())
         if path.exists():
             _carry_over(path, temporary, stale)
         _swap(temporary, path)

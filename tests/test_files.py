@@ -31,6 +31,18 @@ def test_a_failed_folder_leaves_the_old_one_and_nothing_else(tmp_path):
     assert (folder / "a").read_text() == "1" and os.listdir(tmp_path) == ["model"]
 
 
+def test_others_may_read_what_is_written(tmp_path):
+    before = os.umask(0o022)
+    try:
+        with replace_dir(tmp_path / "model", 0) as temporary:
+            (temporary / "secret").touch(mode=0o600)
+        with replace_file(tmp_path / "x") as temporary:
+            temporary.write_text("")
+    finally:
+        os.umask(before)
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("model", "model/secret", "x")] == [0o755, 0o644, 0o644]
+
+
 def test_other_files_are_carried_over_and_stale_ones_are_not(tmp_path):
     folder = tmp_path / "model"
     (folder / "sub").mkdir(parents=True)
