@@ -7,8 +7,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from sparsekit.backends import BACKENDS
-from sparsekit.nn import SparseLinear
-from sparsekit.pack import sparse_layers
+from sparsekit.nn import SparseLinear, sparse_layers
 from sparsekit.patterns import NM
 from sparsekit.plan import Plan
 from sparsekit.report import Report

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from sparsekit.errors import CheckpointError
 from sparsekit.files import replace_dir
+from sparsekit.formats import LAYOUT_VERSION
 from sparsekit.hf.card import write_card
-from sparsekit.hf.describe import LAYOUT_VERSION, describe_layers, is_pretrained
-from sparsekit.pack import dense_layer, sparse_layers
+from sparsekit.hf.describe import describe_layers, is_pretrained
+from sparsekit.nn import dense_layer, sparse_layers
 from sparsekit.version import __version__
 
 MANIFEST = "sparsekit.json"

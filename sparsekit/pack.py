@@ -1,5 +1,6 @@
 """From masked `nn.Linear` layers to packed ones that run fast, and back, bit for bit."""
 
+import warnings
 from collections.abc import Iterator
 from typing import cast
 
@@ -11,7 +12,7 @@ from sparsekit.backends import BACKENDS
 from sparsekit.errors import NonFiniteError, PatternError, Unsupported
 from sparsekit.formats import FORMATS
 from sparsekit.hf.describe import describe_packed_, forget_packed_
-from sparsekit.nn import SparseLinear
+from sparsekit.nn import SparseLinear, dense_layer, replace_layer_, sparse_layers
 from sparsekit.progress import progress_bar
 
 DAMAGED_SHARE = 0.05
@@ -51,6 +52,7 @@ def pack_(model: nn.Module, format: str = "auto", backend: str = "auto", *, prog
         if refused:
             raise PatternError(f"no layer fits a packed format. Prune it first, with sparsekit.prune_. {detail}")
         raise ValueError("the model has no nn.Linear layer to pack")
+    _speak_of_sparse_layers_left_dense(model, refused, asked=format != "auto")
     packed: list[str] = []
     try:
         with progress_bar("packing", len(chosen), progress) as bar:
@@ -62,7 +64,7 @@ def pack_(model: nn.Module, format: str = "auto", backend: str = "auto", *, prog
                 except (PatternError, NonFiniteError, Unsupported) as error:
                     raise type(error)(f"{name}: {error}") from None
                 packed.append(name)
-                _replace(model, name, sparse)
+                replace_layer_(model, name, sparse)
                 bar.advance()
         describe_packed_(model, sparse_layers(model))
     except BaseException:
@@ -77,42 +79,17 @@ def unpack_(model: nn.Module) -> nn.Module:
     return model
 
 
-def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
-    """Return qualified name -> packed layer."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
-
-
 def replace_by_dense_(model: nn.Module, names: list[str]) -> None:
     """Replace the named packed layers by dense ones."""
     for name in names:
         layer = model.get_submodule(name)
         assert isinstance(layer, SparseLinear)
-        _replace(model, name, dense_layer(layer))
+        replace_layer_(model, name, dense_layer(layer))
     remaining = sparse_layers(model)
     if remaining:
         describe_packed_(model, remaining)
     else:
         forget_packed_(model)
-
-
-def dense_layer(layer: SparseLinear, w_NK: Tensor | None = None) -> nn.Module:
-    """Return the dense layer that a packed one stands for: `nn.Linear`, or `Conv1D` with its transposed weight."""
-    weight = layer.to_dense() if w_NK is None else w_NK
-    dense: nn.Module
-    if layer.source == "Conv1D":
-        from transformers.pytorch_utils import Conv1D
-
-        with torch.device("meta"):
-            dense = Conv1D(layer.out_features, layer.in_features)
-        weight = weight.t().contiguous()
-    else:
-        dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-    dense.weight = nn.Parameter(weight, requires_grad=layer.dense_requires_grad)
-    if layer.bias is not None:
-        dense.bias = layer.bias
-    elif layer.source == "Conv1D":
-        dense.bias = nn.Parameter(weight.new_zeros(layer.out_features))
-    return dense.train(layer.training)
 
 
 def _choose(model: nn.Module, format: str) -> tuple[dict[str, str], dict[str, str]]:
@@ -142,6 +119,24 @@ def _choose(model: nn.Module, format: str) -> tuple[dict[str, str], dict[str, st
     return chosen, refused
 
 
+def _speak_of_sparse_layers_left_dense(model: nn.Module, refused: dict[str, str], asked: bool) -> None:
+    """Name layers that have many zeros and yet fit no format: an error where the format was asked for by name."""
+    sparse = [name for name in refused if _share_of_zeros(model.get_submodule(name)) >= 0.25]
+    if sparse and asked:
+        raise PatternError(f"{sparse[0]}: {refused[sparse[0]]}. Prune it to the pattern, or use format='auto'")
+    if sparse:
+        warnings.warn(
+            f"{len(sparse)} layers hold many zeros but stay dense, and are no faster for them; {sparse[0]}: "
+            f"{refused[sparse[0]]}",
+            stacklevel=3,
+        )
+
+
+def _share_of_zeros(layer: nn.Module) -> float:
+    weight = cast(Tensor, layer.weight)
+    return 1 - int(torch.count_nonzero(weight)) / max(weight.numel(), 1)
+
+
 def _candidates(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, weight [N, K]) of the layers that could be packed."""
     owners: dict[int, int] = {}
@@ -166,25 +161,3 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if not bool(weight.any()):
             continue  # an untrained adapter is all zeros; packed it could never learn
         yield name, weight.detach().t() if is_conv1d else weight.detach()
-
-
-def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put `new` in the place of the module `name`, with the hooks of the one that stood there."""
-    parent_name, _, attribute = name.rpartition(".")
-    parent = model.get_submodule(parent_name)
-    old = parent.get_submodule(attribute)
-    for hooks in _HOOKS:
-        setattr(new, hooks, getattr(old, hooks))  # the same dict, so that the handles still remove them
-    parent._modules[attribute] = new
-
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)

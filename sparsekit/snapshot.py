@@ -6,8 +6,8 @@ from contextvars import ContextVar
 
 from torch import Tensor, nn
 
-from sparsekit.nn import SparseLinear
-from sparsekit.pack import replace_by_dense_, sparse_layers
+from sparsekit.nn import SparseLinear, sparse_layers
+from sparsekit.pack import replace_by_dense_
 from sparsekit.targets import set_weight_NK_, weight_NK
 
 

@@ -34,7 +34,7 @@ from sparsekit.benchmarking import (
 from sparsekit.benchmarking.models import verdict
 from sparsekit.benchmarking.timing import noise_notes
 from sparsekit.errors import SparsekitError, Unsupported
-from sparsekit.pack import sparse_layers
+from sparsekit.nn import sparse_layers
 
 QUICK = {"prompt_length": 8, "new_tokens": 3, "rounds": 1, "progress": False}
 

@@ -10,7 +10,7 @@ import sparsekit as sk
 from sparsekit import SparseLinear
 from sparsekit.backends import BACKENDS
 from sparsekit.check import sparsity_of
-from sparsekit.pack import sparse_layers
+from sparsekit.nn import sparse_layers
 
 
 def mlp(dtype=torch.float32):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import sparsekit as sk
 from sparsekit import CheckpointError
-from sparsekit.pack import sparse_layers
+from sparsekit.nn import sparse_layers
 
 REPOSITORY = Path(__file__).parents[1]
 IDS = torch.arange(12).view(2, 6)

@@ -40,7 +40,11 @@ def test_others_may_read_what_is_written(tmp_path):
             temporary.write_text("")
     finally:
         os.umask(before)
-    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("model", "model/secret", "x")] == [0o755, 0o644, 0o644]
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("model", "model/secret", "x")] == [
+        0o755,
+        0o644,
+        0o644,
+    ]
 
 
 def test_other_files_are_carried_over_and_stale_ones_are_not(tmp_path):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import sparsekit as sk
 from sparsekit import NonFiniteError, PatternError, SparseLinear, Unsupported
 from sparsekit import pack as pack_module
-from sparsekit.pack import sparse_layers
+from sparsekit.nn import sparse_layers
 
 
 def prune24_(model):
@@ -143,6 +143,19 @@ class TestModels:
 
 
 class TestChoice:
+    def test_sparse_weights_that_fit_no_format_are_named(self):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+        with torch.no_grad():
+            model[0].weight.mul_(sk.NM(2, 4).project(model[0].weight.abs()))
+            model[1].weight.mul_(torch.rand(64, 64) < 0.5)
+        with pytest.raises(PatternError, match=r"^1: \d+ of 1,024 groups break semi24"):
+            sk.pack_(model, format="semi24")
+        assert type(model[0]) is nn.Linear
+        with pytest.warns(UserWarning, match=r"1 layers hold many zeros but stay dense.* 1: \d+ of 1,024 groups"):
+            sk.pack_(model)
+        assert type(model[0]) is sk.SparseLinear and type(model[1]) is nn.Linear
+
     def test_twice_is_once(self):
         model = sk.pack_(mlp())
         layers = sparse_layers(model)
@@ -272,7 +285,7 @@ class TestDamage:
 
 class TestRollback:
     @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, MemoryError])
-    @pytest.mark.parametrize("where", ["from_linear", "_replace", "describe_packed_"])
+    @pytest.mark.parametrize("where", ["from_linear", "replace_layer_", "describe_packed_"])
     @pytest.mark.parametrize("family", ["llama", "gpt2"])
     def test_the_model_is_as_before(self, monkeypatch, family, where, error):
         model = tiny(family)

@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 
 import sparsekit as sk
-from sparsekit.pack import sparse_layers
+from sparsekit.nn import sparse_layers
 from sparsekit.snapshot import restored_on_failure
 
 

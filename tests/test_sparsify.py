@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import sparsekit as sk
 from sparsekit import NonFiniteError, SparsekitError, SparseLinear, Unsupported
-from sparsekit.pack import sparse_layers
+from sparsekit.nn import sparse_layers
 
 sparsify_module = importlib.import_module("sparsekit.sparsify")
 prune_module = importlib.import_module("sparsekit.prune")

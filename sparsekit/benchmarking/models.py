@@ -13,8 +13,7 @@ from sparsekit.benchmarking.layers import MODEL_TOLERANCE, LayerShape, agree, la
 from sparsekit.benchmarking.machine import cache_bytes, environment, free_bytes
 from sparsekit.benchmarking.timing import Comparison, Timing, noise_notes, synchronize
 from sparsekit.errors import SparsekitError
-from sparsekit.nn import SparseLinear
-from sparsekit.pack import dense_layer, sparse_layers
+from sparsekit.nn import SparseLinear, dense_layer, sparse_layers
 from sparsekit.progress import progress_bar
 from sparsekit.report import Report
 

@@ -11,7 +11,7 @@ from sparsekit.benchmarking.timing import noise_notes
 from sparsekit.cli.models import load_model, parse_device
 from sparsekit.cli.output import Output
 from sparsekit.doctor import parse_dtype
-from sparsekit.pack import sparse_layers
+from sparsekit.nn import sparse_layers
 from sparsekit.progress import progress_bar
 from sparsekit.report import Report
 

@@ -13,7 +13,7 @@ from sparsekit.cli.models import bytes_on_disk, load_model, load_tokenizer, need
 from sparsekit.cli.output import Output
 from sparsekit.evaluate import perplexity
 from sparsekit.methods import METHODS
-from sparsekit.pack import sparse_layers
+from sparsekit.nn import sparse_layers
 from sparsekit.patterns import parse_pattern
 from sparsekit.report import Report
 

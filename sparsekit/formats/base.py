@@ -8,6 +8,9 @@ from torch import Tensor
 
 from sparsekit.registry import Registry
 
+LAYOUT_VERSION = 1
+"""Of the canonical layouts; written into every packed checkpoint, and a later one is refused."""
+
 
 @dataclass(frozen=True)
 class WeightSpec:

@@ -2,3 +2,6 @@
 
 Importing this package does not import transformers; `register` waits until somebody else does.
 """
+
+QUANT_METHOD = "sparsekit"
+"""The name in `config.json` by which transformers finds the quantizer."""

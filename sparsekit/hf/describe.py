@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch.nn as nn
 
+from sparsekit.hf import QUANT_METHOD
+
 if TYPE_CHECKING:
     from sparsekit.nn import SparseLinear
-
-QUANT_METHOD = "sparsekit"
-LAYOUT_VERSION = 1
 
 
 def is_pretrained(model: nn.Module) -> bool:

@@ -17,9 +17,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparsekit.errors import CheckpointError
-from sparsekit.formats import FORMATS, WeightSpec
-from sparsekit.hf.describe import LAYOUT_VERSION, QUANT_METHOD
-from sparsekit.nn import SparseLinear
+from sparsekit.formats import FORMATS, LAYOUT_VERSION, WeightSpec
+from sparsekit.hf import QUANT_METHOD
+from sparsekit.nn import SparseLinear, dense_layer, replace_layer_, sparse_layers
 from sparsekit.registry import unknown
 
 
@@ -87,9 +87,8 @@ class SparsekitQuantizer(HfQuantizer):
         return state_dict, {"sparsekit": f"packed, layout version {LAYOUT_VERSION}: import sparsekit before loading"}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        from sparsekit.pack import unpack_
-
-        unpack_(model)
+        for name, layer in sparse_layers(model).items():
+            replace_layer_(model, name, dense_layer(layer))
         return model if dtype is None else model.to(dtype)
 
     def is_serializable(self) -> bool:

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import sparsekit as sk
 from sparsekit.benchmarking import SHAPES, LayerShape
 from sparsekit.cli import app, demo
-from sparsekit.pack import sparse_layers
+from sparsekit.nn import sparse_layers
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,7 +9,7 @@ import transformers as tf
 
 import sparsekit as sk
 from sparsekit import SparseLinear, Unsupported
-from sparsekit.pack import sparse_layers
+from sparsekit.nn import sparse_layers
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 

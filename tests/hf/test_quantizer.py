@@ -15,7 +15,7 @@ import transformers as tf
 import sparsekit as sk
 from sparsekit import CheckpointError, SparseLinear
 from sparsekit.hf.quantizer import SparsekitConfig, SparsekitQuantizer
-from sparsekit.pack import sparse_layers
+from sparsekit.nn import sparse_layers
 
 IDS = torch.arange(12).view(2, 6)
 
