@@ -166,7 +166,8 @@ class SparseLinear(nn.Linear):
             self.prepare_()
         if input.dtype != self.spec.dtype:
             input = self._match_dtype(input)
-        prepared = tuple([getattr(self, name) for name in self._prepared_names])
+        buffers: Any = self._buffers  # past nn.Module.__getattr__, which costs half a microsecond a tensor
+        prepared = tuple([buffers[name] for name in self._prepared_names])
         return BACKENDS.get(self.backend).linear(input, prepared, self.bias, self.spec)
 
     def extra_repr(self) -> str:

@@ -126,7 +126,7 @@ def spmm24(x: Tensor, blocks: Tensor, masks: Tensor, N: int, bias: Tensor | None
     """Return x @ W.T + bias for a prepared 2:4 weight [N, K]; x is [..., K], the result [..., N] in x's dtype."""
     K = x.shape[-1]
     dtype_id = _DTYPE_IDS.get(x.dtype)
-    if dtype_id is None or x.dtype != blocks.dtype or x.device.type != "cpu":
+    if dtype_id is None or x.dtype != blocks.dtype or not x.is_cpu:
         raise ValueError(
             f"spmm24 takes x and W of one dtype, bfloat16 or float32, on the CPU; "
             f"got {x.dtype} on {x.device} and {blocks.dtype}"
