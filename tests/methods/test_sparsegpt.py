@@ -170,15 +170,56 @@ def test_a_hessian_of_few_tokens_climbs_the_ladder():
     assert any("the Hessian needed damping 0.01 in place of 0" in note for note in decision.notes)
 
 
-def test_fp64_is_tried_before_more_damping():
-    # Positive definite, but beyond fp32: condition number 1e9.
-    basis, _ = torch.linalg.qr(torch.randn(24, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
-    statistics = Hessian(24, torch.device("cpu"))
-    exact = basis @ torch.diag(torch.logspace(-9, 0, 24, dtype=torch.float64)) @ basis.T
-    statistics.matrix = ((exact + exact.T) / 2).float()
-    notes = {frac: inverse_factor(statistics, frac).note for frac in (0.0, 0.01)}
-    assert "fp64" in notes[0.0] or "damping" in notes[0.0]
-    assert notes[0.01] == ""
+def beyond_fp32():
+    """Pairs [[a, 1], [1, h]] with h the next fp32 number above 1 / a: positive definite by less than fp32 can see.
+
+    How the last pivot h - 1 / a rounds in fp32 is as good as chance; of thirty pairs some come out at zero or below.
+    """
+    pairs = []
+    for a in torch.arange(3, 36, dtype=torch.float64):
+        h = (1 / a).float()
+        h = torch.nextafter(h, h + 1) if h.double() * a - 1 < 1e-10 else h
+        if h.double() * a - 1 < 5e-8:
+            pairs.append(torch.stack([torch.stack([h, h.new_ones(())]), torch.stack([h.new_ones(()), a.float()])]))
+    return torch.block_diag(*pairs)
+
+
+def coupled(excess):
+    """Two features whose correlation is 1 + excess, so the least eigenvalue is -excess; and fourteen apart."""
+    matrix = torch.eye(16)
+    matrix[0, 1] = matrix[1, 0] = 1 + excess
+    return matrix
+
+
+RUNGS = {
+    "as asked": (coupled(-0.5), 0.01, []),
+    "fp64": (beyond_fp32(), 0.0, ["the Hessian needed fp64"]),
+    "x10": (coupled(0.05), 0.01, ["the Hessian needed damping 0.1 in place of 0.01"]),
+    "x100": (coupled(0.5), 0.01, ["the Hessian needed damping 1 in place of 0.01"]),
+    "x10 of the least": (coupled(0.005), 0.0, ["the Hessian needed damping 0.01 in place of 0"]),
+    "none": (coupled(2.0), 0.01, ["its Hessian could not be factored: pruned by Wanda, without an update"]),
+}
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+def test_every_rung_of_the_ladder(rung):
+    matrix, frac, notes = RUNGS[rung]
+    statistics = Hessian(len(matrix), torch.device("cpu"))
+    statistics.matrix = matrix.clone()
+    w = torch.randn(4, len(matrix), generator=torch.Generator().manual_seed(0))
+    decision = SparseGPT(dampening_frac=frac).decide(w, statistics)
+    assert list(decision.notes) == notes
+    assert (decision.weight is None) == (rung == "none")
+    if rung == "none":
+        assert torch.equal(decision.keep, Wanda().decide(w, statistics).keep)
+
+
+def test_the_factor_by_fp64_is_as_exact_as_any():
+    matrix = beyond_fp32()
+    statistics = Hessian(len(matrix), torch.device("cpu"))
+    statistics.matrix = matrix
+    exact = torch.linalg.inv(torch.linalg.cholesky(matrix.double().flip(0, 1)).flip(0, 1))
+    assert torch.allclose(inverse_factor(statistics, 0.0).U.double(), exact, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("broken", ["indefinite", "silent"])
