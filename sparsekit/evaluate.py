@@ -5,23 +5,24 @@ perplexity = exp( sum over predicted tokens of -log p(token | tokens before it i
 The documents are tokenised without special tokens and joined, each closed by the tokenizer's end-of-text token; the
 stream is cut into chunks of `max_seq_length` that do not overlap, and every token but the first of each chunk is
 predicted once. As in the published codes, what is left after the last whole chunk is not read, unless it is all there
-is. A line of a .txt file is a document, blank lines too: WikiText is read so.
+is. A dataset is whatever calibration takes, read by the same code: a line of a .txt file is a document, blank lines
+too, as in WikiText.
 """
 
-import json
 import math
-import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparsekit.benchmarking.machine import device_of
+from sparsekit.calibration.samples import INPUT, _as_batch, _open
+from sparsekit.calibration.text import _checked, _token_stream
 from sparsekit.progress import progress_bar
 from sparsekit.report import Report
 
@@ -82,9 +83,10 @@ def perplexity(
     """Return the perplexity of a causal language model on all of `dataset`; cross entropy is summed in fp32.
 
     Args:
-        model: takes `input_ids` [B, T] and returns an object with `logits` [B, T, V].
-        dataset: a path to .txt, .jsonl or .parquet, strings, token tensors, or anything that yields one of these or
-            {"text": ...} or {"input_ids": ...}.
+        model: takes `input_ids` [B, T] and returns an object with `logits` [B, T, V]; logits at a place must not see
+            the tokens after it.
+        dataset: what `prune_` takes: a path to .txt, .jsonl or .parquet, strings, token tensors, a `datasets.Dataset`,
+            a DataLoader, or anything that yields one of these or {"text": ...} or {"input_ids": ...}.
         tokenizer: needed where the dataset is text.
         max_seq_length: tokens of a chunk; None takes 2048, or what the model was made for where that is less.
         batch_size: chunks at a time; None fits the logits into 256 MB.
@@ -92,8 +94,13 @@ def perplexity(
         progress: show a bar.
 
     Raises:
-        ValueError: no text, no tokenizer for text, or chunks the model cannot read.
+        ValueError: no text, no tokenizer for text, chunks the model cannot read, or a model that does not predict the
+            next token, as an encoder.
     """
+    _check_number("max_seq_length", max_seq_length, least=2)
+    _check_number("batch_size", batch_size, least=1)
+    _check_number("max_tokens", max_tokens, least=2)
+    _refuse_unless_causal(model)
     chunk = _chunk_length(model, max_seq_length)
     ids = read_tokens(dataset, tokenizer)[:max_tokens]
     if ids.numel() < 2:
@@ -101,10 +108,11 @@ def perplexity(
     chunk = min(chunk, ids.numel())
     ids = ids[: ids.numel() // chunk * chunk]
     vocabulary = int(getattr(_text_config(model), "vocab_size", 0) or 1)
-    if vocabulary > 1 and int(ids.max()) >= vocabulary:
-        raise ValueError(f"token {int(ids.max())} is outside the model's vocabulary of {vocabulary}: wrong tokenizer?")
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or (vocabulary > 1 and high >= vocabulary):
+        raise ValueError(f"tokens from {low} to {high} for a vocabulary of {vocabulary}: wrong tokenizer?")
     batch_size = batch_size or max(1, min(4096, _LOGITS_BYTES // (4 * vocabulary)) // chunk)
-    device = next(model.parameters()).device
+    device = device_of(model)
     total, predicted, seconds = 0.0, 0, 0.0
     with torch.inference_mode(), _evaluating(model), progress_bar("perplexity", ids.numel(), progress) as bar:
         for batch in ids.view(-1, chunk).split(batch_size):
@@ -117,85 +125,59 @@ def perplexity(
 
 
 def read_tokens(dataset: Any, tokenizer: Any = None) -> Tensor:
-    """Return the whole dataset as one stream of token ids [T], documents closed by the end-of-text token."""
-    pieces: list[Tensor] = []
-    texts: list[str] = []
-    for item in read_documents(dataset):
-        if isinstance(item, str):
-            texts.append(item)
-        else:
-            pieces.append(torch.as_tensor(item, dtype=torch.int64).reshape(-1))
-    if texts:
-        if tokenizer is None:
-            raise ValueError("the dataset is text: pass the model's tokenizer, or token tensors")
-        # One call for all: fast tokenizers spread a list over the cores.
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        pieces += [torch.tensor([*ids, *end], dtype=torch.int64) for ids in encoded]
-    return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
-
-
-def read_documents(dataset: Any) -> Iterator[Any]:
-    """Yield each document of a dataset, as a string or as token ids.
+    """Return the whole dataset as one stream of token ids [T], documents closed by the end-of-text token.
 
     Raises:
         FileNotFoundError: a path without a file.
-        ValueError: something that is neither text nor tokens.
+        ValueError: neither text nor tokens, or text without a tokenizer.
     """
-    if isinstance(dataset, str | os.PathLike):
-        yield from _read_file(Path(dataset))
-        return
-    if isinstance(dataset, Tensor):
-        yield dataset
-        return
-    if not isinstance(dataset, Iterable):
-        raise ValueError(f"dataset is a {type(dataset).__name__}: pass a path, strings, or token tensors")
-    for item in dataset:
-        yield _document(item)
+    first, items, _ = _open(dataset)
+    if isinstance(first, str):
+        if tokenizer is None:
+            raise ValueError("the dataset is text: pass the model's tokenizer, or token tensors")
+        return _token_stream(_checked(items), tokenizer, None)
+    return torch.cat([_token_ids(item) for item in items])
 
 
-def _document(item: Any) -> Any:
-    if isinstance(item, str | Tensor):
-        return item
-    if hasattr(item, "get"):  # dict, BatchEncoding
-        for key in ("text", "input_ids"):
-            if item.get(key) is not None:
-                return item[key]
-        raise ValueError(f"a sample holds {sorted(item)}: it needs 'text' or 'input_ids'")
-    if isinstance(item, list | tuple) and all(isinstance(token, int) for token in item):
-        return item
-    raise ValueError(f"a sample is a {type(item).__name__}: pass strings, token ids, or dicts with 'text'")
+def read_documents(dataset: Any) -> Iterator[Any]:
+    """Return the documents of any dataset that calibration takes, each a string or what holds its token ids."""
+    return _open(dataset)[1]
 
 
-def _read_file(path: Path) -> Iterator[Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no dataset at {path}: pass a .txt, .jsonl or .parquet file")
-    if path.suffix in (".jsonl", ".json"):
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            if line.strip():
-                try:
-                    yield _document(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from error
-    elif path.suffix == ".parquet":
-        import pandas
-
-        for record in pandas.read_parquet(path).to_dict("records"):
-            yield _document(record)
-    else:
-        text = path.read_text(encoding="utf-8")
-        yield from text.removesuffix("\n").split("\n") if text else []
+def _token_ids(item: Any) -> Tensor:
+    """Return the tokens of one item [T], without padding."""
+    batch = _as_batch(item)
+    ids, mask = batch.get("input_ids", batch.get(INPUT)), batch.get("attention_mask")
+    if ids is None or ids.is_floating_point():
+        raise ValueError(f"a sample holds {sorted(batch)}: perplexity needs 'text', or whole numbers as 'input_ids'")
+    return (ids if mask is None else ids[mask.bool()]).reshape(-1).to("cpu", torch.int64)
 
 
 def _chunk_length(model: nn.Module, asked: int | None) -> int:
     limit = getattr(_text_config(model), "max_position_embeddings", None)
     if asked is None:
         return min(DEFAULT_CHUNK, limit or DEFAULT_CHUNK)
-    if asked < 2:
-        raise ValueError(f"max_seq_length={asked}: a chunk needs at least 2 tokens")
     if limit and asked > limit:
         raise ValueError(f"max_seq_length={asked}, and the model reads {limit} positions: ask for at most that")
     return asked
+
+
+def _check_number(name: str, value: Any, least: int) -> None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+        raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
+
+
+def _refuse_unless_causal(model: nn.Module) -> None:
+    """Raise where a transformers model sees the tokens that it should foresee, or has no language head."""
+    can_generate = getattr(model, "can_generate", None)
+    if can_generate is None or type(model).__name__.endswith("ForCausalLM"):
+        return
+    is_seq2seq = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if is_seq2seq or not can_generate():
+        raise ValueError(
+            f"{type(model).__name__} is no causal language model: perplexity needs one that predicts each token from "
+            "those before it, as AutoModelForCausalLM loads"
+        )
 
 
 def _text_config(model: nn.Module) -> Any:

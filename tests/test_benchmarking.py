@@ -215,6 +215,15 @@ def test_any_module_with_inputs():
         benchmark(model, progress=False)
 
 
+def test_module_without_parameters():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64, bias=False), nn.Linear(64, 32, bias=False))
+    sk.sparsify(model, method="magnitude", progress=False)
+    assert not list(model.parameters())
+    report = benchmark(model, inputs={"input": torch.randn(3, 32)}, rounds=1, progress=False)
+    assert report.ok and "forward speedup" in report.summary
+
+
 def test_dense_model_is_told_to_stay_so():
     report = benchmark(tiny_llama(), **QUICK)
     assert report.ok and report.summary["verdict"].startswith("stay dense")
@@ -226,6 +235,16 @@ def test_wrong_answers_are_not_timed(packed):
     layer.register_forward_hook(lambda module, args, output: output.flip(-1))
     report = benchmark(packed, **QUICK)
     assert not report.ok and not report.rows and "wrong answers" in report.summary["verdict"]
+
+
+def test_one_wrong_layer_of_many_stops_the_clock(packed, monkeypatch):
+    """The last down_proj is not the layer of its shape that is timed alone: only the whole model's answer shows it."""
+    layer = list(sparse_layers(packed).values())[-1]
+    layer.register_forward_hook(lambda module, args, output: 100 * output.flip(-1))
+    monkeypatch.setattr(models, "_run_rounds", lambda *_: pytest.fail("wrong answers were timed"))
+    report = benchmark(packed, **QUICK)
+    assert not report.ok and not report.rows and report.summary["verdict"] == "wrong answers: nothing was timed"
+    assert any("away from the dense one" in note for note in report.notes)
 
 
 def test_without_memory_for_a_twin_layers_alone_are_timed(packed, monkeypatch):

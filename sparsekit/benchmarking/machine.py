@@ -1,6 +1,7 @@
 """This machine: what it is, and the most that it can do, measured."""
 
 import functools
+import itertools
 import os
 import platform
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from sparsekit.benchmarking.timing import Call, compare
 from sparsekit.version import __version__
@@ -36,6 +38,12 @@ class Ceilings:
         """Return how near a call came to the ceiling that binds it, 1.0 being there."""
         matmul = self.matmul_gflop_s.get(dtype_name(dtype), float("inf"))
         return max(num_bytes / 1e9 / self.read_gb_s, num_flops / 1e9 / matmul) / seconds
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where the model's parameters are, or its buffers: packed layers without bias have only these."""
+    first = next(itertools.chain(model.parameters(), model.buffers()), None)
+    return first.device if first is not None else torch.device("cpu")
 
 
 CEILING_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.benchmarking.layers import MODEL_TOLERANCE, LayerShape, agree, layer_row, time_layers
-from sparsekit.benchmarking.machine import cache_bytes, environment, free_bytes
+from sparsekit.benchmarking.machine import cache_bytes, device_of, environment, free_bytes
 from sparsekit.benchmarking.timing import Comparison, Timing, noise_notes, synchronize
 from sparsekit.errors import SparsekitError
 from sparsekit.nn import SparseLinear, dense_layer, sparse_layers
@@ -57,7 +57,7 @@ def benchmark(
         raise ValueError(f"{batch_size=}, {prompt_length=}, {rounds=}, {new_tokens=}: numbers of at least 1")
     sparse = sparse_layers(model)
     report = Report("sparsekit benchmark: dense against sparse on this machine", summary={"verdict": ""})
-    device = next(model.parameters()).device
+    device = device_of(model)
     phases = _phases(model, batch_size, prompt_length, new_tokens, inputs)
     was_training = model.training
     model.eval()
@@ -146,7 +146,7 @@ def _phases(
     model: nn.Module, batch_size: int, prompt_length: int, new_tokens: int, inputs: dict[str, Any] | None
 ) -> Phases:
     """Return a function that runs one pass and tells the seconds of each phase."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     if inputs is not None:
         given = inputs
         return lambda side: {"forward": _seconds(device, lambda: side(**given))}
