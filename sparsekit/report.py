@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,11 +42,10 @@ class Report:
         }
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """Return the report as JSON, and write it to `path` where one is given."""
-        text = json.dumps(self.to_dict(), indent=2, default=str)
+        """Return the report as JSON, and write it to `path` where one is given; NaN and infinity become text."""
+        text = json_text(self.to_dict())
         if path is not None:
-            with replace_file(Path(path)) as temporary:
-                temporary.write_text(text + "\n")
+            write_json(Path(path), text)
         return text
 
     def print(self, console: Any = None) -> None:
@@ -80,6 +80,30 @@ class Report:
         text = io.StringIO()
         self.print(Console(file=text, width=140, color_system=None))
         return text.getvalue().rstrip()
+
+
+def json_text(document: Any) -> str:
+    """Return a document as JSON that every reader takes: what it cannot say, NaN and infinity, stands as text."""
+    return json.dumps(_plain(document), indent=2, default=str, allow_nan=False)
+
+
+def write_json(path: Path, text: str) -> None:
+    """Write JSON to a file, whole or not at all; a pipe or a device is written to, not replaced."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        path.write_text(text + "\n", encoding="utf-8")
+    else:
+        with replace_file(path) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
 
 
 def show(value: Any) -> str:

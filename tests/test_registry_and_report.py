@@ -1,6 +1,7 @@
 """Tables of parts, and tables for people."""
 
 import json
+import os
 
 import pytest
 
@@ -32,6 +33,29 @@ def test_report_prints_all_it_holds(tmp_path):
         == json.loads((tmp_path / "r.json").read_text())
         == report.to_dict()
     )
+
+
+def test_json_holds_no_bare_nan(tmp_path):
+    report = Report("title", [{"x": float("nan")}], {"y": float("inf"), "z": [1.5, (float("-inf"),)]})
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    text = report.to_json(tmp_path / "r.json")
+    assert (tmp_path / "r.json").read_text() == text + "\n"
+    found = json.loads(text, parse_constant=refuse)
+    assert found["rows"] == [{"x": "nan"}] and found["summary"] == {"y": "inf", "z": [1.5, ["-inf"]]}
+
+
+def test_json_to_a_pipe_or_a_link_leaves_it_there(tmp_path):
+    (tmp_path / "link.json").symlink_to(tmp_path / "file.json")
+    text = Report("title").to_json(tmp_path / "link.json")
+    assert (tmp_path / "link.json").is_symlink() and (tmp_path / "file.json").read_text() == text + "\n"
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    Report("title").to_json(tmp_path / "pipe")
+    assert os.read(reader, 1 << 16).decode() == text + "\n" and (tmp_path / "pipe").is_fifo()
+    os.close(reader)
 
 
 @pytest.mark.parametrize(

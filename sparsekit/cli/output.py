@@ -1,8 +1,7 @@
 """What a command shows, and what it writes to `--json`; errors become exit statuses here."""
 
-import json
-import math
 import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -14,8 +13,7 @@ import typer
 
 from sparsekit.benchmarking import environment
 from sparsekit.errors import SparsekitError
-from sparsekit.files import replace_file
-from sparsekit.report import Report
+from sparsekit.report import Report, json_text, write_json
 
 WIDTH_OF_FILES = 140
 
@@ -66,12 +64,11 @@ class Output:
         if self._json_path is None:
             return
         self.document["environment"] = environment()
-        text = json.dumps(_plain(self.document), indent=2, default=str)
+        text = json_text(self.document)
         if self._json_path == "-":
             print(text)
         else:
-            with replace_file(Path(self._json_path)) as temporary:
-                temporary.write_text(text + "\n", encoding="utf-8")
+            write_json(Path(self._json_path), text)
 
 
 @contextmanager
@@ -81,6 +78,9 @@ def running(command: str, json_path: str | None, quiet: bool, debug: bool) -> It
     ValueError and a missing file are the caller's mistakes, 2; everything else that goes wrong is 1.
     """
     output = Output(command, json_path, quiet)
+    if json_path is not None and (obstacle := _why_not_writable(json_path)):
+        _complain(f"--json {json_path}: {obstacle}")
+        raise typer.Exit(2)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = output.warn
@@ -97,9 +97,28 @@ def running(command: str, json_path: str | None, quiet: bool, debug: bool) -> It
         message = _one_line(error)
         _complain(message)
         output.document |= {"ok": False, "error": message}
-    output.write_json()
+    try:
+        output.write_json()
+    except OSError as error:
+        _complain(f"--json {json_path} could not be written: {_one_line(error)}")
+        status = status or 1
     if status:
         raise typer.Exit(status)
+
+
+def _why_not_writable(json_path: str) -> str | None:
+    """Return what would keep a file from being written there, seen before the work and without leaving a trace."""
+    path = Path(json_path)
+    try:
+        if path.is_dir():
+            return "is a folder, name a file"
+        if json_path == "-" or (path.exists() and not path.is_file()):
+            return None
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        with tempfile.TemporaryFile(dir=folder, prefix=f".{path.name}."):
+            return None
+    except OSError as error:
+        return f"cannot be written ({error.strerror or error})"
 
 
 def _complain(message: str) -> None:
@@ -110,14 +129,3 @@ def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     told = isinstance(error, SparsekitError | ValueError | OSError)
     return text if told else f"{type(error).__name__}: {text} (--debug shows where)"
-
-
-def _plain(value: Any) -> Any:
-    """Return the value with what JSON cannot say, NaN and infinity, as text."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value

@@ -18,6 +18,7 @@ import sparsekit as sk
 from sparsekit.benchmarking import SHAPES, LayerShape
 from sparsekit.cli import app, demo
 from sparsekit.nn import sparse_layers
+from sparsekit.report import Report
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -176,6 +177,27 @@ def test_bad_arguments(words, message, tiny_model, text, tmp_path):
     assert "Traceback" not in result.output
     assert json.loads(report.read_text())["ok"] is False
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place", ["", "text.txt/report.json", "/proc/report.json", "/proc/new/report.json"])
+def test_json_that_cannot_be_written_is_told_before_the_work(place, tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("x")
+    monkeypatch.setattr(sys.modules["sparsekit.doctor"], "doctor", lambda *_, **__: pytest.fail("the work was begun"))
+    result = run("doctor", "--json", tmp_path / place, "-q")
+    assert result.exit_code == 2 and isinstance(result.exception, SystemExit)
+    assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("sparsekit: --json ")
+    assert [file.name for file in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_json_that_fails_at_the_end_is_one_line(tmp_path, monkeypatch):
+    def full(path, text):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sparsekit.cli.output.write_json", full)
+    monkeypatch.setattr(sys.modules["sparsekit.doctor"], "doctor", lambda *_, **__: Report("examined"))
+    result = run("doctor", "--json", tmp_path / "new" / "report.json", "-q")
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
+    assert "examined" in result.stdout and result.stderr.count("\n") == 1 and "No space left" in result.stderr
 
 
 @pytest.mark.parametrize("words", [["prun"], ["prune"], ["eval", "model"], ["bench", "--rounds", "many"], ["--nope"]])
