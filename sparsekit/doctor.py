@@ -14,10 +14,12 @@ from torch import nn
 
 from sparsekit.backends import BACKENDS
 from sparsekit.benchmarking import LayerShape, environment, get_shapes, measure_ceilings, measure_shapes
+from sparsekit.benchmarking.machine import device_of
 from sparsekit.benchmarking.shapes import SHAPES, group_shapes
 from sparsekit.benchmarking.timing import noise_notes
 from sparsekit.errors import Unsupported
 from sparsekit.formats import WeightSpec
+from sparsekit.nn import SparseLinear
 from sparsekit.progress import progress_bar
 from sparsekit.registry import unknown
 from sparsekit.report import Report
@@ -43,19 +45,23 @@ def doctor(
     Args:
         model: an `nn.Module` (on the meta device too), a transformers config, a local folder or hub name, a name in
             `SHAPES` as "llama-3-8b", or a list of (out_features, in_features). None: the machine alone.
-        dtype: of the weights; None takes the model's own, else bfloat16.
+        dtype: of the weights; None takes that of a model in memory, and for a checkpoint the one in which `prune` and
+            `bench` load it, see `default_dtype`; bfloat16 where neither says.
         num_tokens: numbers of tokens M to try; 1 is decoding one sequence, hundreds are a prompt.
         device: None takes the model's own, else the GPU where there is one.
         backend: who runs the sparse side.
-        targets, ignore: which layers of the model would be pruned.
+        targets, ignore: which layers of the model would be pruned; packed ones count as the dense ones they stand for.
         max_seconds: bound on the measurements; shapes left over are named in a note.
         progress: show a bar.
     """
     if any(m < 1 for m in num_tokens) or not num_tokens:
         raise ValueError(f"num_tokens={tuple(num_tokens)}: numbers of tokens of at least 1, as (1, 64)")
     shapes, own_dtype, own_device = _read_model(model, targets, ignore)
-    dtype = parse_dtype(dtype) or own_dtype or torch.bfloat16
     device = torch.device(device or own_device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype, notes = parse_dtype(dtype), list[str]()
+    if dtype is None and not isinstance(model, nn.Module):
+        dtype, notes = default_dtype(own_dtype, device)
+    dtype = dtype or own_dtype or torch.bfloat16
     report = Report(f"sparsekit doctor: 2:4 weights in {_short(dtype)} on {device}")
     report.summary |= _machine(device, dtype)
     probe = shapes[0] if shapes else LayerShape("probe", 4096, 4096)
@@ -64,7 +70,24 @@ def doctor(
         report.notes.append("name a model, or --shapes llama-3-8b, to see what each of its layers would gain here")
         return report
     _measure(report, shapes, tuple(num_tokens), dtype, device, backend, max_seconds, progress)
+    report.notes += notes
     return report
+
+
+def default_dtype(own: torch.dtype | None, device: torch.device) -> tuple[torch.dtype | None, list[str]]:
+    """Return the dtype in which every command runs a checkpoint unless told otherwise, and a note where it differs.
+
+    It is the checkpoint's own, but bfloat16 for fp16 on a CPU.
+    """
+    if own is torch.float16 and device.type == "cpu":
+        note = "the checkpoint is float16, which processors emulate slowly: prune, eval, bench and doctor take bfloat16"
+        return torch.bfloat16, [f"{note} (--dtype to choose)"]
+    return own, []
+
+
+def config_dtype(config: Any) -> torch.dtype | None:
+    """Return the dtype that a transformers config names, its text model's where the whole names none."""
+    return parse_dtype(getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None))
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -94,13 +117,15 @@ def _read_model(
         model = read_config(str(model))
     if isinstance(model, nn.Module):
         layers = _prunable(model, targets, ignore)
-        first = weight_NK(next(iter(layers.values())))
-        device = None if first.is_meta else first.device
-        return _group(layers), first.dtype if first.is_floating_point() else None, device
+        first = next(iter(layers.values()))
+        if isinstance(first, SparseLinear):
+            own_dtype, own_device = first.spec.dtype, device_of(first)
+        else:
+            own_dtype, own_device = weight_NK(first).dtype, weight_NK(first).device
+        device = None if own_device.type == "meta" else own_device
+        return _group(layers), own_dtype if own_dtype.is_floating_point else None, device
     if hasattr(model, "to_dict") and hasattr(model, "model_type"):
-        skeleton = empty_model(model)
-        own_dtype = getattr(model, "dtype", None)
-        return _group(_prunable(skeleton, targets, ignore)), parse_dtype(own_dtype), None
+        return _group(_prunable(empty_model(model), targets, ignore)), config_dtype(model), None
     if isinstance(model, Sequence):
         return _listed(model), None, None
     raise ValueError(
@@ -121,16 +146,22 @@ def _listed(items: Sequence[Any]) -> list[LayerShape]:
 
 
 def _prunable(model: nn.Module, targets: Any, ignore: Any) -> dict[str, nn.Module]:
-    """Return what `find_targets` would, without asking for weights: the model may be on the meta device."""
+    """Return what `find_targets` would, also of a model that is packed already or on the meta device."""
     wanted, unwanted = _entries(targets), _entries(ignore)
-    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
+    linears = {
+        name: layer for name, layer in model.named_modules() if is_linear(layer) or isinstance(layer, SparseLinear)
+    }
     guarded = guarded_layers(model, linears)
+    classes = {base.__name__ for layer in linears.values() for base in type(layer).__mro__}
+    reached: set[str] = set()
+    for entry in wanted:
+        matches = {name for name, layer in linears.items() if matches_entry(entry, layer, name)}
+        names_guarded = matches <= guarded and entry not in classes  # a head or router, by name
+        reached |= matches if names_guarded else matches - guarded
     found = {
-        name: module
-        for name, module in linears.items()
-        if name not in guarded
-        and any(matches_entry(entry, module, name) for entry in wanted)
-        and not any(matches_entry(entry, module, name) for entry in unwanted)
+        name: layer
+        for name, layer in linears.items()
+        if name in reached and not any(matches_entry(entry, layer, name) for entry in unwanted)
     }
     if not found:
         raise ValueError(
@@ -145,7 +176,14 @@ def _entries(entries: Any) -> list[Entry]:
 
 
 def _group(layers: dict[str, nn.Module]) -> list[LayerShape]:
-    return group_shapes([(name, *weight_NK(module).shape) for name, module in layers.items()])
+    return group_shapes([(name, *_shape_NK(layer)) for name, layer in layers.items()])
+
+
+def _shape_NK(layer: nn.Module) -> tuple[int, int]:
+    if isinstance(layer, SparseLinear):
+        return layer.out_features, layer.in_features
+    N, K = weight_NK(layer).shape
+    return N, K
 
 
 def read_config(name: str) -> Any:

@@ -3,11 +3,13 @@
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import sparsekit as sk
 from sparsekit import doctor as doctor_function
 from sparsekit.benchmarking import LayerShape, layers
-from sparsekit.doctor import advice, doctor, parse_dtype
+from sparsekit.doctor import advice, default_dtype, doctor, parse_dtype
+from sparsekit.nn import sparse_layers
 
 QUICK = {"num_tokens": (1, 2), "max_seconds": 0.5, "progress": False, "device": "cpu"}
 
@@ -57,6 +59,45 @@ def test_module_with_targets():
     model = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 24)).to(torch.bfloat16)
     report = doctor(model, targets=("re:1",), **QUICK)
     assert {row["shape"] for row in report.rows} == {"24x8"} and "bfloat16" in report.title
+
+
+def test_fp16_checkpoints_are_measured_as_prune_loads_them(tmp_path):
+    half = config()
+    half.dtype = torch.float16
+    half.save_pretrained(tmp_path)
+    for model in (half, tmp_path):
+        report = doctor(model, **QUICK)
+        assert "bfloat16" in report.title and any("float16" in note and "--dtype" in note for note in report.notes)
+    assert "2:4 weights in float16" in doctor(half, dtype="float16", **QUICK).title
+    in_memory = doctor(nn.Sequential(nn.Linear(16, 8)).half(), **QUICK)
+    assert "2:4 weights in float16" in in_memory.title
+
+
+def test_default_dtype():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert default_dtype(torch.float16, cpu)[0] is torch.bfloat16 and default_dtype(torch.float16, cpu)[1]
+    for own, device in ((torch.float16, gpu), (torch.float32, cpu), (torch.bfloat16, cpu), (None, cpu)):
+        assert default_dtype(own, device) == (own, [])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_packed_model_in_memory(bias):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 16, bias=bias), nn.Linear(16, 24, bias=bias)).to(torch.bfloat16)
+    sk.sparsify(model, method="magnitude", progress=False)
+    assert len(sparse_layers(model)) == 2
+    options = {key: value for key, value in QUICK.items() if key != "device"}
+    report = doctor(model, **options)
+    assert {row["shape"] for row in report.rows} == {"16x32", "24x16"}
+    assert "bfloat16 on cpu" in report.title
+    assert {row["shape"] for row in doctor(model, targets=("1",), **options).rows} == {"24x16"}
+
+
+def test_heads_by_name():
+    model = LlamaForCausalLM(config())
+    named = doctor(model, targets=("lm_head",), ignore=(), **QUICK)
+    assert {row["shape"] for row in named.rows} == {"64x32"}
+    assert "64x32" not in {row["shape"] for row in doctor(model, ignore=(), **QUICK).rows}
 
 
 def test_lists_of_shapes():

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from sparsekit.checkpoint import MANIFEST, load
-from sparsekit.doctor import parse_dtype, read_config
+from sparsekit.doctor import config_dtype, default_dtype, parse_dtype, read_config
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
@@ -17,7 +17,7 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None) -> tup
 
     Args:
         name: a local folder, dense or packed, or a hub name.
-        dtype: "auto" takes the checkpoint's own, but bfloat16 for fp16 ones on a CPU, which has no fp16 arithmetic.
+        dtype: "auto" is `default_dtype`.
         device: None takes the GPU where there is one.
     Raises:
         FileNotFoundError: there is no such model.
@@ -26,22 +26,30 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None) -> tup
 
     config = read_config(name)
     target = parse_device(device)
-    notes = []
-    wanted: Any = "auto" if dtype == "auto" else parse_dtype(dtype)
-    own_dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-    if wanted == "auto" and target.type == "cpu" and str(own_dtype).endswith("float16") and "b" not in str(own_dtype):
-        wanted = torch.bfloat16
-        notes.append(
-            "the checkpoint is float16, which processors emulate slowly: loaded in bfloat16 (--dtype to choose)"
-        )
+    wanted, notes = parse_dtype(None if dtype == "auto" else dtype), list[str]()
+    if wanted is None:
+        wanted, notes = default_dtype(config_dtype(config), target)
+    wanted_or_stored: Any = wanted or "auto"
+    _hush_transformers()
     if (Path(name) / MANIFEST).is_file():
-        return load(name, device=target, dtype=wanted).eval(), notes
+        return load(name, device=target, dtype=wanted_or_stored).eval(), notes
     kind = getattr(transformers, (config.architectures or [""])[0], None) or transformers.AutoModelForCausalLM
     try:
-        model: Any = kind.from_pretrained(name, config=config, dtype=wanted)
+        model: Any = kind.from_pretrained(name, config=config, dtype=wanted_or_stored)
     except OSError as error:
         raise FileNotFoundError(f"no weights that transformers reads in {name}: {error}") from error
     return model.to(target).eval(), notes
+
+
+def _hush_transformers() -> None:
+    """Switch off the bars of transformers' loading and saving; those of downloads, which may take hours, stay."""
+    import huggingface_hub.utils as hub
+    from transformers.utils import logging
+
+    shown = not hub.are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    if shown:
+        hub.enable_progress_bars()
 
 
 def load_tokenizer(name: str) -> Any:

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import sparsekit as sk
 from sparsekit.benchmarking import SHAPES, LayerShape
 from sparsekit.cli import app, demo
+from sparsekit.cli.models import load_model
 from sparsekit.nn import sparse_layers
 from sparsekit.report import Report
 
@@ -101,6 +102,23 @@ def test_doctor(tiny_model, tmp_path):
     document = json.loads(report.read_text())["doctor"]
     assert len(document["rows"]) == 8 and document["summary"]["backend triton"].startswith("no: ")
     assert "sparse pays at" in result.stdout
+
+
+def test_doctor_and_prune_take_the_same_dtype(tiny_model, tmp_path):
+    AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float16).save_pretrained(tmp_path / "half")
+    loaded, notes = load_model(str(tmp_path / "half"), device="cpu")
+    words = ["--device", "cpu", "--num-tokens", "1", "--max-seconds", 1, "--json", "-", "-q"]
+    found = json.loads(run("doctor", tmp_path / "half", *words).stdout)["doctor"]
+    assert loaded.dtype is torch.bfloat16 and "bfloat16" in found["title"]
+    assert len(notes) == 1 and notes[0] in found["notes"]
+
+
+def test_transformers_shows_no_bars_of_its_own(tiny_model, text, tmp_path):
+    words = ["prune", tiny_model, tmp_path / "out", "--method", "magnitude", "--no-bench"]
+    command = [sys.executable, "-m", "sparsekit.cli", *map(str, words)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Loading weights" not in done.stderr and "Writing model shards" not in done.stderr
 
 
 def test_doctor_alone():
