@@ -7,7 +7,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from sparsekit.backends import BACKENDS
-from sparsekit.nn import SparseLinear, sparse_layers
+from sparsekit.nn import SparseLinear, sparse_layers, unwrapped
 from sparsekit.patterns import NM
 from sparsekit.plan import Plan
 from sparsekit.report import Report
@@ -24,6 +24,7 @@ def check(model: nn.Module, plan: Plan | None = None) -> Report:
         A report whose `ok` is False if a layer breaks its pattern, has fewer zeros than asked, or holds NaN or
         infinity. Its notes name such layers.
     """
+    model = unwrapped(model)
     rows: list[dict[str, Any]] = []
     problems: list[str] = []
     packed = sparse_layers(model)
@@ -83,6 +84,8 @@ def check(model: nn.Module, plan: Plan | None = None) -> Report:
         problems += missing
     if pruned and not packed:
         notes.append("no layer is packed: the zeros save neither time nor memory until sparsekit.pack_(model)")
+    elif loose := [row["layer"] for row in pruned if row["layer"] not in packed and row["sparsity"] >= 0.25]:
+        notes.append(f"{len(loose)} sparse layers are not packed and no faster for their zeros, as {loose[0]}")
     return Report("sparsekit check", rows, summary, notes, ok=not problems)
 
 
@@ -92,6 +95,10 @@ def explain(model: nn.Module, num_tokens: tuple[int, ...] = (1, 16, 128, 1024)) 
     One prepared copy serves every number of tokens, so a layer has one backend; inside it the kernel changes with the
     number of tokens M (rows of x), as the columns "M=..." say.
     """
+    for m in num_tokens:
+        if m < 1:
+            raise ValueError(f"num_tokens={num_tokens}: {m} is no number of tokens, use 1 or more")
+    model = unwrapped(model)
     seen: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, module in model.named_modules():
         row: dict[str, Any]

@@ -19,9 +19,10 @@ from torch import Tensor
 from sparsekit.errors import CheckpointError
 from sparsekit.files import replace_dir
 from sparsekit.formats import LAYOUT_VERSION
+from sparsekit.hf import QUANT_METHOD
 from sparsekit.hf.card import write_card
-from sparsekit.hf.describe import describe_layers, is_pretrained
-from sparsekit.nn import dense_layer, sparse_layers
+from sparsekit.hf.describe import describe_layers, describe_packed_, is_pretrained
+from sparsekit.nn import dense_layer, sparse_layers, unwrapped
 from sparsekit.version import __version__
 
 MANIFEST = "sparsekit.json"
@@ -50,7 +51,9 @@ def save(
         ValueError: `packed=True` and no layer is packed.
         OSError: the disk is too full. Nothing was written.
     """
+    model = unwrapped(model)
     layers = sparse_layers(model)
+    describe_packed_(model)  # layers may have been packed by hand, or through a part of the model
     if packed and not layers:
         raise ValueError(
             "no layer of the model is packed: call sparsekit.pack_(model) first, or save with packed=False"
@@ -172,11 +175,10 @@ def _read_pretrained(folder: Path, manifest: dict[str, Any], backend: str, dtype
         raise CheckpointError(f"{folder / 'config.json'} cannot be read: {error}") from error
     kind = getattr(transformers, (config.architectures or [""])[0], None) or transformers.AutoModel
     described = getattr(config, "quantization_config", None)
-    if isinstance(described, dict) and described.get("quant_method") == "sparsekit":
-        if manifest and manifest.get("layers") != described.get("layers"):
-            raise CheckpointError(
-                f"{folder / 'config.json'} and {MANIFEST} name other layers: fetch the checkpoint again"
-            )
+    ours = isinstance(described, dict) and described.get("quant_method") == QUANT_METHOD
+    if manifest and manifest.get("layers") != (described.get("layers") if ours else {}):
+        raise CheckpointError(f"{folder / 'config.json'} and {MANIFEST} name other layers: fetch the checkpoint again")
+    if ours:
         config.quantization_config = {**described, "backend": backend}
     try:
         return kind.from_pretrained(folder, config=config, dtype=dtype)
@@ -244,10 +246,13 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         if file.stat().st_size != num_bytes:
             raise CheckpointError(
                 f"{file} has {file.stat().st_size:,} bytes and should have {num_bytes:,}: it is truncated or "
-                "altered, fetch it again"
+                f"altered, fetch it again. If you saved over it yourself with save_pretrained, delete {MANIFEST}"
             )
         if _sha256(file) != digest:
-            raise CheckpointError(f"{file} does not have the digest in {MANIFEST}: it was altered, fetch it again")
+            raise CheckpointError(
+                f"{file} does not have the digest in {MANIFEST}: it was altered, fetch it "
+                f"again. If you saved over it yourself with save_pretrained, delete {MANIFEST}"
+            )
     return manifest
 
 

@@ -28,15 +28,18 @@ def replace_dir(path: Path, bytes_needed: int, stale: tuple[str, ...] = ()) -> I
     """Yield a temporary folder beside `path`; make it `path` if the body succeeds, delete it if not.
 
     Files that `path` holds already are carried over, but for those that the body wrote and those that match a glob
-    of `stale`.
+    of `stale`. A link to a folder stays one.
 
     Raises:
         OSError: the disk has less than `bytes_needed` free. Nothing was written.
         NotADirectoryError: `path` is a file.
+        ValueError: `path` is or holds the working directory, which cannot be replaced under a running program.
     """
-    path = path.absolute()
+    path = path.resolve()
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"{path} is a file: pass a folder")
+    if Path.cwd().is_relative_to(path):
+        raise ValueError(f"{path} is the working directory or holds it: pass a folder of its own, as './model'")
     path.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(path.parent).free
     if free < bytes_needed:
@@ -62,10 +65,18 @@ def _carry_over(old: Path, new: Path, stale: tuple[str, ...]) -> None:
     for entry in old.iterdir():
         if (new / entry.name).exists() or any(entry.match(pattern) for pattern in stale):
             continue
-        if entry.is_dir():
-            shutil.copytree(entry, new / entry.name, symlinks=True)
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, new / entry.name, symlinks=True, copy_function=_link_or_copy)
         else:
-            shutil.copy2(entry, new / entry.name, follow_symlinks=False)
+            _link_or_copy(entry, new / entry.name)
+
+
+def _link_or_copy(source: str | Path, target: str | Path) -> None:
+    """Give a file a second name, which takes no space; copy it where the file system has no links."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def _swap(new: Path, path: Path) -> None:
@@ -74,14 +85,19 @@ def _swap(new: Path, path: Path) -> None:
         os.rename(new, path)
         return
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent)) / path.name
-    os.rename(path, aside)
     try:
+        os.rename(path, aside)
         os.rename(new, path)
-    except BaseException:
-        os.rename(aside, path)
+    except BaseException as error:
+        if aside.exists() and not path.exists():
+            try:
+                os.rename(aside, path)
+            except OSError:
+                error.add_note(f"the folder that stood at {path} is now {aside}")
+                raise error from None
+        aside.parent.rmdir()
         raise
-    finally:
-        shutil.rmtree(aside.parent, ignore_errors=True)
+    shutil.rmtree(aside.parent, ignore_errors=True)
 
 
 def _umask() -> int:

@@ -100,6 +100,7 @@ def _is_unwatched(x: Tensor, bias: Tensor | None) -> bool:
         and torch._C._functorch.peek_interpreter_stack() is None
         and forward_ad._current_level < 0
         and not torch._C._autograd._profiler_enabled()
+        and torch._C._get_tracing_state() is None
     )
 
 

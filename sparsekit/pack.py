@@ -1,7 +1,10 @@
 """From masked `nn.Linear` layers to packed ones that run fast, and back, bit for bit."""
 
 import warnings
-from collections.abc import Iterator
+import weakref
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -11,16 +14,34 @@ from torch import Tensor
 from sparsekit.backends import BACKENDS
 from sparsekit.errors import NonFiniteError, PatternError, Unsupported
 from sparsekit.formats import FORMATS
-from sparsekit.hf.describe import describe_packed_, forget_packed_
-from sparsekit.nn import SparseLinear, dense_layer, replace_layer_, sparse_layers
+from sparsekit.hf.describe import describe_packed_
+from sparsekit.interrupt import uninterrupted
+from sparsekit.nn import (
+    SparseLinear,
+    dense_layer,
+    replace_layer_,
+    sparse_layers,
+    unwrapped,
+    warn_of_fallbacks,
+)
 from sparsekit.progress import progress_bar
+from sparsekit.targets import is_conv1d
+from sparsekit.targets import weight_NK as weight_of
 
 DAMAGED_SHARE = 0.05
-"""A weight that breaks its pattern in fewer groups than this was 2:4 once and has been damaged: that is an error.
-A dense or unstructured weight breaks it in 31 to 100 % of them."""
+MOST_ZEROS_OF_24 = 0.55
+"""A weight with about half zeros that breaks 2:4 in fewer than 5 % of its groups was 2:4 once and has been damaged:
+that is an error. A dense weight, or one with half zeros anywhere, breaks it in 31 to 100 %; a sparser one in fewer."""
 
 
-def pack_(model: nn.Module, format: str = "auto", backend: str = "auto", *, progress: bool = False) -> nn.Module:
+def pack_(
+    model: nn.Module,
+    format: str = "auto",
+    backend: str = "auto",
+    *,
+    layers: Collection[str] | None = None,
+    progress: bool = False,
+) -> nn.Module:
     """Replace every `nn.Linear` whose weight obeys a packed format by a `SparseLinear`; return the same model.
 
     Needs no plan: the weights themselves say whether they fit. Each layer's dense weight is freed before the next
@@ -31,7 +52,10 @@ def pack_(model: nn.Module, format: str = "auto", backend: str = "auto", *, prog
         format: a name in `FORMATS`, which every sparse layer must then obey; or "auto", which packs the layers that
             fit one and leaves the others dense.
         backend: a name in `BACKENDS`, or "auto" for the best that runs on the layer's device.
+        layers: qualified names of the only layers to pack; None for all that fit.
         progress: show a bar.
+    Warns where layers with many zeros fit no format, and where nothing faster than the reference runs.
+
     Raises:
         ValueError: unknown format or backend, or there is no layer to pack.
         PatternError: no layer fits; or one breaks the format it was meant for, by name and number of groups.
@@ -44,59 +68,102 @@ def pack_(model: nn.Module, format: str = "auto", backend: str = "auto", *, prog
         BACKENDS.get(backend)
     if isinstance(model, nn.Linear):
         raise ValueError("pack_ replaces layers inside a model: for a single layer use SparseLinear.from_linear(layer)")
-    chosen, refused = _choose(model, format)
+    whole, model = model, unwrapped(model)
+    chosen, refused = _choose(model, format, layers)
     if not chosen:
-        if any(isinstance(module, SparseLinear) for module in model.modules()):
-            return model
+        if sparse_layers(model):
+            return whole
         detail = "; ".join(f"{name}: {why}" for name, why in list(refused.items())[:5])
         if refused:
             raise PatternError(f"no layer fits a packed format. Prune it first, with sparsekit.prune_. {detail}")
         raise ValueError("the model has no nn.Linear layer to pack")
     _speak_of_sparse_layers_left_dense(model, refused, asked=format != "auto")
-    packed: list[str] = []
+    replaced: list[_Replaced] = []
     try:
         with progress_bar("packing", len(chosen), progress) as bar:
             for name, layer_format in chosen.items():
                 bar.advance(0, name)
-                layer = model.get_submodule(name)
-                try:
-                    sparse = SparseLinear.from_linear(layer, layer_format, backend)
-                except (PatternError, NonFiniteError, Unsupported) as error:
-                    raise type(error)(f"{name}: {error}") from None
-                packed.append(name)
-                replace_layer_(model, name, sparse)
+                _pack_layer(model, name, layer_format, backend, replaced)
                 bar.advance()
-        describe_packed_(model, sparse_layers(model))
+        describe_packed_(model)
     except BaseException:
-        replace_by_dense_(model, [name for name in packed if name in sparse_layers(model)])
+        with uninterrupted():
+            _put_back(model, replaced)
         raise
-    return model
+    warn_of_fallbacks(model)
+    return whole
+
+
+@dataclass(frozen=True)
+class _Replaced:
+    """A layer whose place has been taken. Weak, so that its dense weight is freed unless somebody else holds it."""
+
+    name: str
+    layer: weakref.ref[nn.Module]
+    weight: weakref.ref[Tensor]
+    sparse: SparseLinear
+
+
+def _pack_layer(model: nn.Module, name: str, format: str, backend: str, replaced: list[_Replaced]) -> None:
+    layer = model.get_submodule(name)
+    try:
+        sparse = SparseLinear.from_linear(layer, format, backend)
+    except (PatternError, NonFiniteError, Unsupported) as error:
+        raise type(error)(f"{name}: {error}") from None
+    replaced.append(_Replaced(name, weakref.ref(layer), weakref.ref(layer.get_parameter("weight")), sparse))
+    replace_layer_(model, name, sparse)
+
+
+def _put_back(model: nn.Module, replaced: list[_Replaced]) -> None:
+    """Return the dense layers to their places: the very same modules and parameters where anybody still knows them."""
+    for entry in replaced:
+        layer = entry.layer()
+        if layer is None:
+            layer = dense_layer(entry.sparse)
+            weight = entry.weight()
+            if isinstance(weight, nn.Parameter):
+                layer.weight = weight
+        if model.get_submodule(entry.name) is not layer:
+            replace_layer_(model, entry.name, layer)
+    describe_packed_(model)
 
 
 def unpack_(model: nn.Module) -> nn.Module:
-    """Replace every `SparseLinear` by the dense layer it stands for, zeros included; return the same model."""
-    replace_by_dense_(model, list(sparse_layers(model)))
+    """Replace every `SparseLinear` by the dense layer it stands for, zeros included; return the same model.
+
+    All or nothing: if it is interrupted, the packed layers stay.
+    """
+    inner = unwrapped(model)
+    replace_by_dense_(inner, list(sparse_layers(inner)))
     return model
 
 
 def replace_by_dense_(model: nn.Module, names: list[str]) -> None:
-    """Replace the named packed layers by dense ones."""
-    for name in names:
-        layer = model.get_submodule(name)
-        assert isinstance(layer, SparseLinear)
-        replace_layer_(model, name, dense_layer(layer))
-    remaining = sparse_layers(model)
-    if remaining:
-        describe_packed_(model, remaining)
-    else:
-        forget_packed_(model)
+    """Replace the named packed layers by dense ones; all or none."""
+    packed = {name: model.get_submodule(name) for name in names}
+    try:
+        for name, layer in packed.items():
+            assert isinstance(layer, SparseLinear)
+            replace_layer_(model, name, dense_layer(layer))
+    except BaseException:
+        with uninterrupted():
+            for name, layer in packed.items():
+                replace_layer_(model, name, layer)
+        raise
+    describe_packed_(model)
 
 
-def _choose(model: nn.Module, format: str) -> tuple[dict[str, str], dict[str, str]]:
+def _choose(model: nn.Module, format: str, wanted: Collection[str] | None) -> tuple[dict[str, str], dict[str, str]]:
     """Return name -> format for the layers to pack, and name -> reason for those that do not fit."""
     chosen: dict[str, str] = {}
     refused: dict[str, str] = {}
-    for name, weight in _candidates(model):
+    for name, layer, reason in _candidates(model):
+        if wanted is not None and name not in wanted:
+            continue
+        if reason is not None:
+            refused[name] = reason
+            continue
+        weight = weight_of(layer)
         if not bool(torch.isfinite(weight).all()):
             raise NonFiniteError(f"{name}: the weight holds NaN or infinity: mend it before packing")
         for format_name in FORMATS if format == "auto" else (format,):
@@ -110,7 +177,7 @@ def _choose(model: nn.Module, format: str) -> tuple[dict[str, str], dict[str, st
                 refused.pop(name, None)
                 break
             refused[name] = f"{broken:,} of {groups:,} groups break {format_name}"
-            if broken < DAMAGED_SHARE * groups:
+            if broken < DAMAGED_SHARE * groups and share_of_zeros(weight) < MOST_ZEROS_OF_24:
                 raise PatternError(
                     f"{name}: {broken:,} of {groups:,} groups of four break {format_name}, the others obey it: "
                     "something changed the weight after pruning. Apply the plan again with sparsekit.apply_, or prune "
@@ -120,8 +187,8 @@ def _choose(model: nn.Module, format: str) -> tuple[dict[str, str], dict[str, st
 
 
 def _speak_of_sparse_layers_left_dense(model: nn.Module, refused: dict[str, str], asked: bool) -> None:
-    """Name layers that have many zeros and yet fit no format: an error where the format was asked for by name."""
-    sparse = [name for name in refused if _share_of_zeros(model.get_submodule(name)) >= 0.25]
+    """Name layers that have many zeros and yet are not packed: an error where the format was asked for by name."""
+    sparse = [name for name in refused if share_of_zeros(cast(Tensor, model.get_submodule(name).weight)) >= 0.25]
     if sparse and asked:
         raise PatternError(f"{sparse[0]}: {refused[sparse[0]]}. Prune it to the pattern, or use format='auto'")
     if sparse:
@@ -132,32 +199,34 @@ def _speak_of_sparse_layers_left_dense(model: nn.Module, refused: dict[str, str]
         )
 
 
-def _share_of_zeros(layer: nn.Module) -> float:
-    weight = cast(Tensor, layer.weight)
-    return 1 - int(torch.count_nonzero(weight)) / max(weight.numel(), 1)
-
-
-def _candidates(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, weight [N, K]) of the layers that could be packed."""
-    owners: dict[int, int] = {}
-    places: dict[int, int] = {}
-    for module in model.modules():
-        for child in module._modules.values():
-            places[id(child)] = places.get(id(child), 0) + 1
-        for parameter in module.parameters(recurse=False):
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None]]:
+    """Yield (name, layer, why it can never be packed) of every dense linear layer."""
+    owners: Counter[int] = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    places: Counter[int] = Counter(id(child) for module in model.modules() for child in module._modules.values())
     for name, module in model.named_modules():
-        if isinstance(module, SparseLinear) or not name:
+        if isinstance(module, SparseLinear) or not name or not (isinstance(module, nn.Linear) or is_conv1d(module)):
             continue
-        is_conv1d = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-        # A subclass with a forward of its own does something else with its weight, and attention modules read the
-        # weight of a NonDynamicallyQuantizableLinear without calling it.
-        is_linear = type(module).forward is nn.Linear.forward and "NonDynamically" not in type(module).__name__
-        if not (is_linear or is_conv1d) or hasattr(module, "parametrizations"):
-            continue
-        weight = cast(nn.Parameter, module.weight)
-        if owners.get(id(weight), 0) > 1 or places[id(module)] > 1 or weight.device.type == "meta":
-            continue  # tied: an embedding or another layer needs it dense
-        if not bool(weight.any()):
-            continue  # an untrained adapter is all zeros; packed it could never learn
-        yield name, weight.detach().t() if is_conv1d else weight.detach()
+        weight = cast(Tensor, module.weight)
+        if hasattr(module, "parametrizations"):
+            yield name, module, "its weight is parametrized"
+        elif not is_conv1d(module) and type(module).forward is not nn.Linear.forward:
+            yield name, module, f"its class {type(module).__name__} has a forward of its own"
+        elif "NonDynamically" in type(module).__name__:
+            yield name, module, "the attention around it reads its weight without calling it"
+        elif weight.device.type == "meta":
+            yield name, module, "its weight is on the meta device"
+        elif owners[id(weight)] > 1:
+            yield name, module, "its weight is shared with another module"
+        elif places[id(module)] > 1:
+            yield name, module, "it stands in several places of the model"
+        elif not bool(weight.any()):
+            yield name, module, "all its weights are zero, as in an untrained adapter, which packed could never learn"
+        else:
+            yield name, module, None
+
+
+def share_of_zeros(weight: Tensor) -> float:
+    """Return the share of exact zeros."""
+    if weight.device.type == "meta":
+        return 0.0
+    return 1 - int(torch.count_nonzero(weight)) / max(weight.numel(), 1)

@@ -6,6 +6,7 @@ from contextvars import ContextVar
 
 from torch import Tensor, nn
 
+from sparsekit.interrupt import uninterrupted
 from sparsekit.nn import SparseLinear, sparse_layers
 from sparsekit.pack import replace_by_dense_
 from sparsekit.targets import set_weight_NK_, weight_NK
@@ -52,7 +53,8 @@ def restored_on_failure(model: nn.Module) -> Iterator[Snapshot]:
     try:
         yield snapshot
     except BaseException:
-        snapshot.restore()
+        with uninterrupted():
+            snapshot.restore()
         raise
     finally:
         _open.reset(token)

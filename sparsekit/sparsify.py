@@ -11,6 +11,7 @@ from sparsekit.check import check
 from sparsekit.errors import SparsekitError
 from sparsekit.formats import FORMATS
 from sparsekit.methods import METHODS, OneShot, method_config
+from sparsekit.nn import unwrapped
 from sparsekit.pack import pack_
 from sparsekit.patterns import NM, Pattern, parse_pattern
 from sparsekit.prune import prune_
@@ -47,7 +48,7 @@ def sparsify(
         pattern: "2:4", any "N:M", "64x64" (blocks) or "unstructured". Only 2:4 (and what is sparser in the same
             groups, as "1:4") has a packed format; weights of the other patterns stay dense, with zeros, and
             `sparsekit.check` says so.
-        method: "magnitude", "wanda", "sparsegpt", or a config object such as `sparsekit.SparseGPT(pattern="4:8")`,
+        method: "magnitude", "wanda", "sparsegpt", or a config such as `sparsekit.SparseGPT(pattern="4:8")`,
             whose pattern counts where `pattern` is left at its default. None: SparseGPT when there is a dataset,
             magnitude when there is none.
         dataset: calibration data: strings, token tensors, a `datasets.Dataset`, a DataLoader, or a path to
@@ -59,7 +60,7 @@ def sparsify(
         num_calibration_samples, max_seq_length, batch_size: how much of the dataset is used, and how.
         format: of the packed weights; "auto" packs what fits.
         backend: who runs the packed weights; "auto" for the best here.
-        seed: of every random choice. Equal seeds give equal bits.
+        seed: of every random choice. Equal seeds give equal bits, on one machine with one number of threads.
         progress: show progress bars.
     Raises:
         ValueError: a bad argument, by name.
@@ -76,7 +77,7 @@ def sparsify(
         FORMATS.get(format)
     if backend != "auto":
         BACKENDS.get(backend)
-    whole, model = model, getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    whole, model = model, unwrapped(model)
     layers = find_targets(model, targets, ignore)
     with restored_on_failure(model) as snapshot:
         if method is None and _obey(layers, wanted):
@@ -85,9 +86,11 @@ def sparsify(
                 if _has_negative_zero(weight_NK(layer)):  # as `w * mask` leaves them; packed they become +0.0
                     snapshot.remember(name)
         else:
+            config = _choose_method(method, wanted, sparsity, has_data=dataset is not None)
+            wanted = config.parsed_pattern
             plan = prune_(
                 model,
-                _choose_method(method, wanted, sparsity, has_data=dataset is not None),
+                config,
                 dataset=dataset,
                 tokenizer=tokenizer,
                 targets=targets,
@@ -102,7 +105,7 @@ def sparsify(
             for note in plan.notes:
                 warnings.warn(note, stacklevel=2)
         if _has_packed_format(layers):
-            pack_(model, format, backend, progress=progress)
+            pack_(model, format, backend, layers=layers, progress=progress)
         else:
             warnings.warn(
                 f"no packed format runs {wanted} weights faster: the layers stay dense, with zeros, and cost the same "

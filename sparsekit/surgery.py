@@ -8,6 +8,7 @@ from torch import nn
 
 from sparsekit.plan import Plan
 from sparsekit.registry import unknown
+from sparsekit.snapshot import restored_on_failure
 from sparsekit.targets import is_linear, weight_NK
 
 M = TypeVar("M", bound=nn.Module)
@@ -17,7 +18,7 @@ def apply_(model: M, plan: Plan) -> M:
     """Zero the weights that the plan removes, and return the model, the same object.
 
     Layers keep their class, dtype and device, and stay trainable. Applying twice changes nothing more; after training
-    it brings the zeros back. Nothing changes unless the whole plan fits.
+    it brings the zeros back. All or nothing: whatever ends the call early leaves the model as it was.
 
     Warns when the method also updated kept weights (SparseGPT) and this model has non-zeros where the plan removes:
     that is as it should be after training, and means a lost update on a model that `prune_` did not run on.
@@ -29,8 +30,9 @@ def apply_(model: M, plan: Plan) -> M:
     layers = {name: _layer(inner, name, plan.masks[name].shape) for name in plan.masks}
     if plan.made_by.updates_weights:
         _warn_without_update(layers, plan)
-    with torch.no_grad():
+    with torch.no_grad(), restored_on_failure(inner) as snapshot:
         for name, layer in layers.items():
+            snapshot.remember(name)
             w_NK = weight_NK(layer)
             w_NK.masked_fill_(~plan.masks[name].to(w_NK.device).keep, 0)
     return model

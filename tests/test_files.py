@@ -72,6 +72,51 @@ def test_a_full_disk_is_seen_before_anything_is_written(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("failing", [1, 2, 3])
+def test_no_failed_rename_loses_the_old_folder(tmp_path, monkeypatch, failing):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "weights").write_text("old")
+    rename, calls = os.rename, []
+
+    def failing_rename(source, target):
+        calls.append(target)
+        if len(calls) >= failing if failing == 2 else len(calls) == failing:
+            raise OSError("no")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", failing_rename)
+    if failing == 3:  # never reached: two renames do it
+        with replace_dir(folder, 0, stale=("weights",)) as temporary:
+            (temporary / "weights").write_text("new")
+        assert (folder / "weights").read_text() == "new"
+        return
+    with pytest.raises(OSError, match="no") as raised, replace_dir(folder, 0) as temporary:
+        (temporary / "weights").write_text("new")
+    [kept] = [path for path in tmp_path.rglob("weights")]
+    assert kept.read_text() == "old"
+    if failing == 2:  # even putting it back failed: the error says where it is
+        assert str(kept.parent) in raised.value.__notes__[0]
+    else:
+        assert kept.parent == folder and os.listdir(tmp_path) == ["model"]
+
+
+def test_a_link_to_a_folder_stays_a_link(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with replace_dir(tmp_path / "link", 0) as temporary:
+        (temporary / "x").write_text("1")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "x").read_text() == "1"
+
+
+def test_the_working_directory_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "inside").mkdir()
+    monkeypatch.chdir(tmp_path / "inside")
+    for path in (tmp_path, tmp_path / "inside"):
+        with pytest.raises(ValueError, match="working directory"), replace_dir(path, 0):
+            pytest.fail("the body must not run")
+
+
 def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "model").write_text("")
     with pytest.raises(NotADirectoryError, match="is a file"), replace_dir(tmp_path / "model", 0):

@@ -10,7 +10,7 @@ PACKAGE = REPOSITORY / "sparsekit"
 
 # A module may import those of its own row and of the rows above it.
 ORDER = [
-    {"errors", "version", "registry", "files", "progress"},
+    {"errors", "version", "registry", "files", "progress", "interrupt"},
     {"report", "patterns"},
     {"masks"},
     {"plan"},
@@ -19,7 +19,8 @@ ORDER = [
     {"backends"},
     {"nn"},
     {"hf"},
-    {"targets", "pack"},
+    {"targets"},
+    {"pack"},
     {"archs", "snapshot", "check", "checkpoint"},
     {"calibration", "surgery"},
     {"methods"},

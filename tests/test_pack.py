@@ -404,3 +404,87 @@ def test_progress_is_shown_on_demand(capsys):
     assert "packing" in capsys.readouterr().err
     sk.pack_(mlp())
     assert capsys.readouterr().err == ""
+
+
+class TestPuttingBack:
+    def interrupted(self, model, monkeypatch, at=1):
+        real, calls = pack_module.replace_layer_, []
+
+        def replace(*arguments):
+            calls.append(arguments)
+            if len(calls) == at + 1:
+                raise KeyboardInterrupt
+            real(*arguments)
+
+        monkeypatch.setattr(pack_module, "replace_layer_", replace)
+
+    def sparse_model(self):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16, bias=False), nn.Linear(16, 8))
+        with torch.no_grad():
+            for layer in model:
+                layer.weight.mul_(sk.NM(2, 4).project(layer.weight.abs()))
+        return model
+
+    def test_the_very_modules_and_parameters_that_somebody_holds_come_back(self, monkeypatch):
+        model = self.sparse_model()
+        held, parameter = model[0], model[1].weight  # an optimizer holds parameters, not modules
+        before = [layer.weight.detach().clone() for layer in model]
+        self.interrupted(model, monkeypatch, at=2)
+        with pytest.raises(KeyboardInterrupt):
+            sk.pack_(model)
+        assert model[0] is held and model[1].weight is parameter
+        assert all(torch.equal(layer.weight, old) for layer, old in zip(model, before, strict=True))
+
+    def test_the_dense_layer_that_somebody_holds_keeps_its_weight(self):
+        model = self.sparse_model()
+        held = model[0]
+        x = torch.randn(3, 16)
+        sk.pack_(model)
+        torch.testing.assert_close(model[0](x), held(x))
+
+    def test_an_interrupted_unpack_leaves_all_packed(self, monkeypatch):
+        model = sk.pack_(self.sparse_model())
+        layers = list(model)
+        self.interrupted(model, monkeypatch)
+        with pytest.raises(KeyboardInterrupt):
+            sk.unpack_(model)
+        assert all(now is then for now, then in zip(model, layers, strict=True))
+
+    def test_only_the_layers_asked_for(self):
+        model = sk.pack_(self.sparse_model(), layers=["1"])
+        assert [type(layer) is SparseLinear for layer in model] == [False, True, False]
+
+
+def test_very_sparse_weights_are_not_called_damaged():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64))
+    with torch.no_grad():
+        model[0].weight.mul_(torch.rand(64, 64) < 0.1)  # 2:4 holds in most groups by chance
+    with pytest.raises(PatternError, match="no layer fits"):
+        sk.pack_(model)
+
+
+def test_a_backend_that_is_slower_than_dense_is_spoken_of():
+    model = nn.Sequential(nn.Linear(16, 16)).half()
+    with torch.no_grad():
+        model[0].weight.mul_(sk.NM(2, 4).project(model[0].weight.abs()))
+    with pytest.warns(UserWarning, match="1 packed layers run on 'reference', .* slower than dense, as 0: .*float16"):
+        sk.pack_(model)
+    sk.unpack_(model)
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sk.pack_(model, backend="reference")  # asked for by name
+
+
+def test_a_compiled_model_is_packed_inside():
+    inner = nn.Sequential(nn.Linear(16, 16))
+    with torch.no_grad():
+        inner[0].weight.mul_(sk.NM(2, 4).project(inner[0].weight.abs()))
+    compiled = torch.compile(inner)
+    assert sk.pack_(compiled) is compiled and type(inner[0]) is SparseLinear
+    assert sk.check(compiled).ok and sk.check(compiled).rows[0]["layer"] == "0"
+    sk.unpack_(compiled)
+    assert type(inner[0]) is nn.Linear

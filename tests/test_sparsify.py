@@ -230,7 +230,7 @@ class TestWarnings:
     def test_none_with_a_dataset_or_a_named_method(self):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            sk.sparsify(tiny(), dataset=IDS, progress=False)
+            sk.sparsify(tiny(), dataset=IDS, num_calibration_samples=len(IDS), progress=False)
             sk.sparsify(tiny(), method="magnitude", progress=False)
 
     @pytest.mark.parametrize("pattern", ["unstructured", "4:8", "16x16"])
@@ -378,3 +378,39 @@ class TestAllOrNothing:
             with pytest.raises(UserWarning, match="no packed format"):
                 sk.sparsify(model, "unstructured", method="magnitude", progress=False)
         assert_same_state(model, before)
+
+
+def test_ignored_layers_are_neither_packed_nor_complained_of():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"a": nn.Linear(32, 32), "b": nn.Linear(32, 32), "c": nn.Linear(32, 32)})
+    with torch.no_grad():
+        model["b"].weight.mul_(torch.rand(32, 32) < 0.08)
+        model["c"].weight.mul_(sk.NM(2, 4).project(model["c"].weight.abs()))
+    sk.sparsify(model, "2:4", method="magnitude", ignore=("b", "c"), progress=False)
+    assert [type(layer) is sk.SparseLinear for layer in model.values()] == [True, False, False]
+
+
+def test_the_warning_names_the_pattern_of_the_config():
+    model = nn.Sequential(nn.Linear(32, 32))
+    with pytest.warns(UserWarning, match="no packed format runs 4:8 weights faster"):
+        sk.sparsify(model, method=sk.Magnitude(pattern="4:8"), progress=False)
+
+
+def test_an_interrupted_apply_leaves_the_model_as_it_was(monkeypatch):
+    import sparsekit.surgery as surgery
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16))
+    plan = sk.prune_(copy.deepcopy(model), "magnitude", progress=False)
+    before, real, calls = copy.deepcopy(model), surgery.weight_NK, []
+
+    def interrupting(layer):
+        calls.append(layer)
+        if len(calls) == 5:  # three to check the shapes, then the second layer to zero
+            raise KeyboardInterrupt
+        return real(layer)
+
+    monkeypatch.setattr(surgery, "weight_NK", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        sk.apply_(model, plan)
+    assert all(torch.equal(now, then) for now, then in zip(model.parameters(), before.parameters(), strict=True))

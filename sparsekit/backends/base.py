@@ -37,9 +37,9 @@ class Backend(ABC):
     def linear(self, x: Tensor, prepared: tuple[Tensor, ...], bias: Tensor | None, spec: WeightSpec) -> Tensor:
         """Return x @ W.T + bias; x is [..., K] in the weight's dtype, the result [..., N]."""
 
+    @abstractmethod
     def kernel(self, spec: WeightSpec, num_tokens: int) -> str:
-        """Return the name of the kernel that runs for this many tokens."""
-        return self.name
+        """Return what runs for this many tokens."""
 
     @abstractmethod
     def to_dense(self, spec: WeightSpec, prepared: tuple[Tensor, ...]) -> Tensor:

@@ -36,7 +36,7 @@ class CpuBackend(Backend):
         return ops.dense24_cpu(first, second, spec.out_features, spec.in_features)
 
     def kernel(self, spec: WeightSpec, num_tokens: int) -> str:
-        return cpu.isa()
+        return f"spmm24, {cpu.isa()}"
 
 
 BACKENDS.register("cpu", CpuBackend())

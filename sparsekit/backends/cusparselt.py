@@ -30,6 +30,9 @@ class CusparseltBackend(Backend):
     def linear(self, x: Tensor, prepared: tuple[Tensor, ...], bias: Tensor | None, spec: WeightSpec) -> Tensor:
         return ops.linear24_cusparselt(x, prepared[0], None, bias, spec.out_features, spec.in_features)
 
+    def kernel(self, spec: WeightSpec, num_tokens: int) -> str:
+        return "cuSPARSELt"
+
     def to_dense(self, spec: WeightSpec, prepared: tuple[Tensor, ...]) -> Tensor:
         return ops.dense24_cusparselt(prepared[0], None, spec.out_features, spec.in_features)
 

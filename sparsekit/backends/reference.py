@@ -25,6 +25,9 @@ class ReferenceBackend(Backend):
         values, meta = prepared
         return ops.linear24_reference(x, values, meta, bias, spec.out_features, spec.in_features)
 
+    def kernel(self, spec: WeightSpec, num_tokens: int) -> str:
+        return "decompress24, then torch's dense product"
+
     def to_dense(self, spec: WeightSpec, prepared: tuple[Tensor, ...]) -> Tensor:
         first, second = prepared
         return ops.dense24_reference(first, second, spec.out_features, spec.in_features)

@@ -27,6 +27,11 @@ class TritonBackend(Backend):
         values, meta = prepared
         return ops.linear24_triton(x, values, meta, bias, spec.out_features, spec.in_features)
 
+    def kernel(self, spec: WeightSpec, num_tokens: int) -> str:
+        from sparsekit_kernels.spmm24 import DENSE_ABOVE
+
+        return "spmm24" if num_tokens <= DENSE_ABOVE else "decompress24, then torch's dense product"
+
     def to_dense(self, spec: WeightSpec, prepared: tuple[Tensor, ...]) -> Tensor:
         first, second = prepared
         return ops.dense24_triton(first, second, spec.out_features, spec.in_features)

@@ -53,6 +53,8 @@ class Semi24(Format):
                     f"{name} is {tensor.dtype} {tuple(tensor.shape)}, {packed.spec} needs {dtype} {shape}: "
                     "the checkpoint does not belong to this model"
                 )
+        if not bool(torch.isfinite(packed.tensors["values"]).all()):
+            raise CheckpointError("values hold NaN or infinity: the checkpoint is damaged, fetch it again")
         illegal = count_illegal_nibbles(packed.tensors["meta"])
         if illegal:
             raise CheckpointError(

@@ -1,12 +1,12 @@
 """The README that goes into every checkpoint folder."""
 
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch.nn as nn
 
-if TYPE_CHECKING:
-    from sparsekit.nn import SparseLinear
+from sparsekit.formats import FORMATS, WeightSpec
+from sparsekit.nn import SparseLinear
 
 _PACKED = """\
 ## How to load
@@ -38,7 +38,13 @@ packed and faster: `sparsekit.pack_(model)` after loading.
 """
 
 
-def write_card(model: nn.Module, folder: Path, packed: "dict[str, SparseLinear]") -> None:
+def stored_bytes(spec: WeightSpec) -> int:
+    """Return the bytes of a weight of this spec in a checkpoint."""
+    parts = FORMATS.get(spec.format).parts(spec).values()
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in parts)
+
+
+def write_card(model: nn.Module, folder: Path, packed: dict[str, SparseLinear]) -> None:
     """Write README.md into a checkpoint folder."""
     base_model = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
     tags = ["sparse", "pruned", "sparsekit", *(["2:4"] if packed else [])]
@@ -48,7 +54,7 @@ def write_card(model: nn.Module, folder: Path, packed: "dict[str, SparseLinear]"
     front += ["---", "", f"# {type(model).__name__}, made sparse with sparsekit", ""]
     if packed:
         dense = sum(layer.dense_bytes() for layer in packed.values())
-        stored = sum(tensor.nbytes for layer in packed.values() for tensor in layer.packed().tensors.values())
+        stored = sum(stored_bytes(layer.spec) for layer in packed.values())
         body = _PACKED.format(
             auto_class=_auto_class(model),
             tripwire=f"{min(packed)}.weight",

@@ -4,14 +4,12 @@ Nothing here imports transformers, or does anything to a model that is not one o
 """
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.nn as nn
 
 from sparsekit.hf import QUANT_METHOD
-
-if TYPE_CHECKING:
-    from sparsekit.nn import SparseLinear
+from sparsekit.nn import SparseLinear, sparse_layers
 
 
 def is_pretrained(model: nn.Module) -> bool:
@@ -20,7 +18,7 @@ def is_pretrained(model: nn.Module) -> bool:
     return modeling is not None and isinstance(model, modeling.PreTrainedModel)
 
 
-def describe_layers(layers: "dict[str, SparseLinear]") -> dict[str, dict[str, Any]]:
+def describe_layers(layers: dict[str, SparseLinear]) -> dict[str, dict[str, Any]]:
     """Return name -> {format, shape, source, bias}, what a loader needs to build the empty layers."""
     return {
         name: {
@@ -33,18 +31,27 @@ def describe_layers(layers: "dict[str, SparseLinear]") -> dict[str, dict[str, An
     }
 
 
-def describe_packed_(model: nn.Module, layers: "dict[str, SparseLinear]") -> None:
-    """Set the quantizer and its config on a transformers model."""
-    if not is_pretrained(model):
-        return
-    from sparsekit.hf.quantizer import SparsekitConfig, SparsekitQuantizer
+def describe_packed_(model: nn.Module) -> None:
+    """Set the quantizer and its config on every transformers model that holds packed layers, wrapped ones included."""
+    for owner in _outermost_pretrained(model):
+        layers = sparse_layers(owner)
+        if not layers:
+            forget_packed_(owner)
+            continue
+        from sparsekit.hf.quantizer import SparsekitConfig, SparsekitQuantizer
 
-    config = SparsekitConfig(layers=describe_layers(layers))
-    attached: Any = model
-    attached.config.quantization_config = config
-    attached.hf_quantizer = SparsekitQuantizer(config, pre_quantized=True)
-    attached.quantization_method = QUANT_METHOD
-    attached.is_quantized = True
+        config = SparsekitConfig(layers=describe_layers(layers))
+        owner.config.quantization_config = config
+        owner.hf_quantizer = SparsekitQuantizer(config, pre_quantized=True)
+        owner.quantization_method = QUANT_METHOD
+        owner.is_quantized = True
+
+
+def _outermost_pretrained(model: nn.Module) -> list[Any]:
+    """Return the model itself, or those inside a wrapper (peft's, a compiler's) that no other one holds."""
+    if is_pretrained(model):
+        return [model]
+    return [owner for child in model.children() for owner in _outermost_pretrained(child)]
 
 
 def forget_packed_(model: nn.Module) -> None:

@@ -16,10 +16,11 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from sparsekit.errors import CheckpointError
+from sparsekit.errors import CheckpointError, Unsupported
 from sparsekit.formats import FORMATS, LAYOUT_VERSION, WeightSpec
 from sparsekit.hf import QUANT_METHOD
-from sparsekit.nn import SparseLinear, dense_layer, replace_layer_, sparse_layers
+from sparsekit.hf.describe import describe_layers
+from sparsekit.nn import SparseLinear, dense_layer, replace_layer_, sparse_layers, warn_of_fallbacks
 from sparsekit.registry import unknown
 
 
@@ -58,6 +59,11 @@ class SparsekitQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: SparsekitConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
+        if not isinstance(quantization_config.layout_version, int):
+            raise CheckpointError(
+                f"config.json gives layout_version {quantization_config.layout_version!r}, which is no number: it was "
+                "altered, fetch the checkpoint again"
+            )
         if quantization_config.layout_version > LAYOUT_VERSION:
             raise CheckpointError(
                 f"the checkpoint has layout version {quantization_config.layout_version}, this sparsekit reads up to "
@@ -82,6 +88,8 @@ class SparsekitQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+        # Layers may have been renamed since they were described, as adapters do.
+        self.quantization_config.layers = describe_layers(sparse_layers(model)) or self.quantization_config.layers
         state_dict = model.state_dict()
         state_dict[tripwire_name(self.quantization_config.layers)] = torch.empty(0)
         return state_dict, {"sparsekit": f"packed, layout version {LAYOUT_VERSION}: import sparsekit before loading"}
@@ -110,9 +118,11 @@ def tripwire_name(layers: dict[str, dict[str, Any]]) -> str:
 
 def check_described(layers: dict[str, dict[str, Any]]) -> None:
     """Raise CheckpointError unless each layer is described as `describe_layers` does."""
-    if not layers:
+    if not isinstance(layers, dict) or not layers:
         raise CheckpointError("config.json names no packed layer: it was altered, fetch the checkpoint again")
     for name, described in layers.items():
+        if not isinstance(described, dict):
+            raise CheckpointError(f"config.json describes {name} as {described!r}: fetch the checkpoint again")
         missing = [key for key in ("format", "shape", "source", "bias") if key not in described]
         if missing:
             raise CheckpointError(f"config.json does not give the {missing[0]} of {name}: fetch the checkpoint again")
@@ -153,6 +163,10 @@ def swap_in_empty_(
             shape.reverse()
         if shape != list(described["shape"]):
             raise CheckpointError(f"{name} is packed as {described['shape']}, the model's config makes it {shape}")
+        if dense.weight.dtype not in FORMATS.get(described["format"]).dtypes:
+            raise Unsupported(
+                f"{described['format']} does not hold {dense.weight.dtype}: load with dtype='auto' or 'bfloat16'"
+            )
         sparse = SparseLinear(
             WeightSpec(described["format"], shape[0], shape[1], dense.weight.dtype),
             bias=described["bias"],
@@ -192,3 +206,4 @@ def prepare_layers_(model: nn.Module, layers: dict[str, dict[str, Any]]) -> None
             layer.prepare_()
         except CheckpointError as error:
             raise CheckpointError(f"{name}: {error}") from None
+    warn_of_fallbacks(model)

@@ -1,9 +1,12 @@
 """Put packed layers in the places of dense ones, and dense ones back."""
 
+import warnings
+
 import torch
 import torch.nn as nn
 from torch import Tensor
 
+from sparsekit.backends import BACKENDS
 from sparsekit.nn.sparse_linear import SparseLinear
 
 _HOOKS = (
@@ -21,6 +24,30 @@ _HOOKS = (
 def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
     """Return qualified name -> packed layer."""
     return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the module that `torch.compile` wraps, or the module itself."""
+    inner = getattr(model, "_orig_mod", model)
+    assert isinstance(inner, nn.Module)
+    return inner
+
+
+def warn_of_fallbacks(model: nn.Module) -> None:
+    """Warn, once for all layers, where `auto` found nothing faster than decompressing at each call."""
+    slow = {
+        name: layer
+        for name, layer in sparse_layers(model).items()
+        if layer.requested_backend == "auto" and layer.backend and BACKENDS.get(layer.backend).is_fallback
+    }
+    if slow:
+        name, layer = next(iter(slow.items()))
+        why = "; ".join(f"{backend}: {reason}" for backend, reason in layer.reasons.items())
+        warnings.warn(
+            f"{len(slow)} packed layers run on {layer.backend!r}, which is right but slower than dense, as {name}: "
+            f"{why}. Mend that, convert the model (bfloat16 and float32 run fast on CPUs), or keep it dense",
+            stacklevel=3,
+        )
 
 
 def replace_layer_(model: nn.Module, name: str, new: nn.Module) -> None:

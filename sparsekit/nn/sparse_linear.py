@@ -18,7 +18,8 @@ class SparseLinear(nn.Linear):
     It has two states. *Canonical*: the format's tensors (`values`, `meta`) are buffers; so it is built, and so a
     checkpoint is read, on the meta device too. *Prepared*: the backend's own layout has replaced them, and only it is
     in memory. `state_dict` always speaks canonical. `to()` converts through the canonical layout where the device or
-    dtype changes, and prepares again.
+    dtype changes, and prepares again. Under autocast the product is computed in the weight's dtype and returned in
+    autocast's.
 
     Attributes:
         spec: format, shape and dtype of the weight.
@@ -168,7 +169,9 @@ class SparseLinear(nn.Linear):
             input = self._match_dtype(input)
         buffers: Any = self._buffers  # past nn.Module.__getattr__, which costs half a microsecond a tensor
         prepared = tuple([buffers[name] for name in self._prepared_names])
-        return BACKENDS.get(self.backend).linear(input, prepared, self.bias, self.spec)
+        output = BACKENDS.get(self.backend).linear(input, prepared, self.bias, self.spec)
+        device = output.device.type
+        return output.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else output
 
     def extra_repr(self) -> str:
         backend = self.backend or f"{self.requested_backend}, not prepared"
@@ -296,6 +299,9 @@ class _ReadOnlyWeight(Tensor):
             )
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
+            if name in ("numpy", "__array__"):
+                result.flags.writeable = False
+                return result
             view = type(result) is Tensor and isinstance(first, Tensor) and _share_memory(result, first)
         return result.as_subclass(_ReadOnlyWeight) if view else result  # .data, .T, .detach() of it stay read-only
 

@@ -240,3 +240,91 @@ def test_hidden_states_reach_every_layer():
             tensor.copy_(old)
     assert torch.equal(logits(model), before)
     assert F.softmax(before, -1).isfinite().all()
+
+
+class TestPackedThroughAPart:
+    """Whatever hand packed the layers, the checkpoint says so and loads."""
+
+    def logits_after_reload(self, model, folder):
+        ids = torch.arange(6)[None]
+        expected = model(ids).logits
+        sk.save(model, folder)
+        return sk.load(folder)(ids).logits, expected
+
+    def tiny(self):
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        torch.manual_seed(0)
+        sizes = dict(hidden_size=32, intermediate_size=44, num_hidden_layers=2, num_attention_heads=4, vocab_size=20)
+        return LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+
+    def test_a_list_of_blocks(self, tmp_path):
+        model = self.tiny()
+        sk.sparsify(model.model.layers, method="magnitude", progress=False)
+        now, expected = self.logits_after_reload(model, tmp_path / "m")
+        assert torch.equal(now, expected)
+
+    def test_one_layer_by_hand(self, tmp_path):
+        model = self.tiny()
+        linear = model.model.layers[1].mlp.up_proj
+        with torch.no_grad():
+            linear.weight.mul_(sk.NM(2, 4).project(linear.weight.abs()))
+        model.model.layers[1].mlp.up_proj = sk.SparseLinear.from_linear(linear)
+        now, expected = self.logits_after_reload(model, tmp_path / "m")
+        assert torch.equal(now, expected)
+
+    def test_inside_a_peft_model_that_is_unloaded(self, tmp_path):
+        from peft import LoraConfig, get_peft_model
+
+        wrapped = get_peft_model(self.tiny(), LoraConfig(target_modules=["q_proj"], r=2))
+        sk.sparsify(wrapped, method="magnitude", targets=("re:.*mlp.*proj", "re:.*base_layer"), progress=False)
+        model = wrapped.unload()
+        model.save_pretrained(tmp_path / "m")
+        ids = torch.arange(6)[None]
+        assert torch.equal(sk.load(tmp_path / "m")(ids).logits, model(ids).logits)
+
+    def test_inside_a_compiled_model(self, tmp_path):
+        model = sk.sparsify(self.tiny(), method="magnitude", progress=False)
+        ids = torch.arange(6)[None]
+        sk.save(torch.compile(model), tmp_path / "m")
+        assert torch.equal(sk.load(tmp_path / "m")(ids).logits, model(ids).logits)
+
+    def test_a_manifest_that_knows_of_layers_the_config_does_not(self, tmp_path):
+        import json
+
+        model = sk.sparsify(self.tiny(), method="magnitude", progress=False)
+        sk.save(model, tmp_path / "m")
+        config = json.loads((tmp_path / "m" / "config.json").read_text())
+        del config["quantization_config"]
+        (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+        with pytest.raises(sk.CheckpointError, match="name other layers"):
+            sk.load(tmp_path / "m")
+
+    @pytest.mark.parametrize("version", ["x", None, 99])
+    def test_an_altered_layout_version(self, tmp_path, version):
+        import json
+
+        model = sk.sparsify(self.tiny(), method="magnitude", progress=False)
+        model.save_pretrained(tmp_path / "m")
+        config = json.loads((tmp_path / "m" / "config.json").read_text())
+        config["quantization_config"]["layout_version"] = version
+        (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+        with pytest.raises(sk.CheckpointError, match="layout.version"):
+            sk.load(tmp_path / "m")
+
+    def test_nan_in_the_values_is_refused_by_name(self, tmp_path):
+        from safetensors.torch import load_file, save_file
+
+        model = sk.sparsify(self.tiny(), method="magnitude", progress=False)
+        model.save_pretrained(tmp_path / "m")
+        file = tmp_path / "m" / "model.safetensors"
+        tensors = load_file(file)
+        tensors["model.layers.1.mlp.up_proj.values"][3, 2] = float("nan")
+        save_file(tensors, file, {"format": "pt"})
+        with pytest.raises(sk.CheckpointError, match=r"model.layers.1.mlp.up_proj: values hold NaN"):
+            sk.load(tmp_path / "m")
+
+    def test_a_dtype_that_the_format_does_not_hold(self, tmp_path):
+        sk.save(sk.sparsify(self.tiny(), method="magnitude", progress=False), tmp_path / "m")
+        with pytest.raises(sk.Unsupported, match="does not hold torch.float64"):
+            sk.load(tmp_path / "m", dtype=torch.float64)

@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import sparsekit as sk
 from sparsekit import NonFiniteError, PatternError, SparseLinear, Unsupported
 from sparsekit.backends import BACKENDS
 from sparsekit.formats import WeightSpec
@@ -719,3 +720,36 @@ def test_from_conv1d():
     assert layer.source == "Conv1D" and torch.equal(layer.to_dense().T, conv.weight)
     x = input_of(2, 3, K)
     torch.testing.assert_close(layer(x), conv(x))
+
+
+def packed_linear(N=16, K=16):
+    torch.manual_seed(0)
+    linear = nn.Linear(K, N)
+    with torch.no_grad():
+        linear.weight.mul_(sk.NM(2, 4).project(linear.weight.abs()))
+    return linear, sk.SparseLinear.from_linear(linear)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_jit_trace_holds_the_product_and_not_what_memory_held():
+    _, layer = packed_linear()
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, (torch.randn(3, 16),), check_trace=False)
+        x = torch.randn(3, 16)
+        assert torch.equal(traced(x), layer(x))
+
+
+def test_autocast_returns_its_own_dtype_as_dense_does():
+    linear, layer = packed_linear()
+    x = torch.randn(3, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == linear(x).dtype == torch.bfloat16
+        torch.testing.assert_close(layer(x), linear(x), atol=2e-2, rtol=2e-2)
+
+
+def test_the_weight_is_read_only_through_numpy_too():
+    linear, layer = packed_linear()
+    array = layer.weight.numpy()
+    assert (array == linear.weight.detach().numpy()).all()
+    with pytest.raises(ValueError, match="read-only"):
+        array[:] = 0
