@@ -27,21 +27,37 @@ class MadeBy:
     versions: dict[str, str] = field(default_factory=dict)
     updates_weights: bool = False
     """The method also changed kept weights, in the model it ran on; masks alone do not repeat its result."""
+    num_samples: int = 0
+    """Calibration samples used; 0 where the method needs none."""
+    sample_length: int = 0
+    """Tokens of the longest of them."""
+    targets: list[str] = field(default_factory=list)
+    """The entries of `targets` as they were given; a callable by its name."""
+    ignore: list[str] = field(default_factory=list)
 
 
 @dataclass
 class Plan:
-    """Decisions about one model, applied in this order: `masks` zero weights.
+    """Decisions about one model: `masks` zero weights.
+
+    `cuts`, `perms` and `side` hold the other kinds of decision. No method makes them yet, so they are empty; they are
+    saved and loaded, so that a plan that has them is not taken for one that has not.
 
     Attributes:
         masks: qualified module name -> `Mask` of its weight, as [out_features, in_features].
-        made_by: method, config, base model, data digest, seed, versions.
+        made_by: method, config, base model, data digest, seed, samples, targets, versions.
         notes: what a reader of the report must know: layers that fell back, were padded, or were left dense.
+        cuts: for later: layers, heads or channels that are kept, by module.
+        perms: for later: order of the input features, by module.
+        side: for later: low-rank branches beside the sparse weights, by module.
     """
 
     masks: dict[str, Mask] = field(default_factory=dict)
     made_by: MadeBy = field(default_factory=MadeBy)
     notes: list[str] = field(default_factory=list)
+    cuts: dict[str, Any] = field(default_factory=dict)
+    perms: dict[str, Any] = field(default_factory=dict)
+    side: dict[str, Any] = field(default_factory=dict)
 
     @property
     def sparsity(self) -> float:
@@ -56,6 +72,9 @@ class Plan:
             "masks": {name: {"pattern": str(mask.pattern), "shape": mask.shape} for name, mask in self.masks.items()},
             "made_by": asdict(self.made_by),
             "notes": self.notes,
+            "cuts": self.cuts,
+            "perms": self.perms,
+            "side": self.side,
         }
         tensors: dict[str, Tensor] = {f"masks.{name}": mask.bits.cpu() for name, mask in self.masks.items()}
         with replace_file(Path(path)) as temporary:
@@ -78,6 +97,7 @@ class Plan:
                     name: Mask.from_bits(spec["pattern"], file.get_tensor(f"masks.{name}"), tuple(spec["shape"]))
                     for name, spec in header["masks"].items()
                 }
+                others = {kind: dict(header.get(kind, {})) for kind in ("cuts", "perms", "side")}
+                return cls(masks=masks, made_by=MadeBy(**header["made_by"]), notes=list(header["notes"]), **others)
         except Exception as error:
             raise CheckpointError(f"{path} is not a complete sparsekit plan ({error}): make it again") from error
-        return cls(masks=masks, made_by=MadeBy(**header["made_by"]), notes=list(header["notes"]))

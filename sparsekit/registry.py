@@ -41,7 +41,7 @@ class Registry(Generic[T]):
 
 def unknown(kind: str, name: object, known: list[str]) -> str:
     """Return the message for a name that is not in `known`, with the nearest one where there is one."""
-    near = difflib.get_close_matches(str(name).lower(), [k.lower() for k in known], n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(name).lower(), [k.lower() for k in known], n=1, cutoff=0.6)
     nearest = next((k for k in known if near and k.lower() == near[0]), None)
     hint = f" Did you mean {nearest!r}?" if nearest else ""
     return f"unknown {kind} {name!r}: known are {', '.join(map(repr, sorted(known)))}.{hint}"

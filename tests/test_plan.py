@@ -1,18 +1,26 @@
 """A plan survives its file, and a damaged file is refused."""
 
+import json
+
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from sparsekit.errors import CheckpointError
 from sparsekit.masks import Mask
 from sparsekit.patterns import NM
 from sparsekit.plan import MadeBy, Plan
+from sparsekit.registry import unknown
 
 
 def make_plan() -> Plan:
     torch.manual_seed(0)
     masks = {f"layers.{i}.proj": Mask("2:4", NM(2, 4).project(torch.rand(3 + i, 10))) for i in range(2)}
-    return Plan(masks, MadeBy("wanda", {"pattern": "2:4"}, "tiny", "abc", 7, {"torch": "2"}), ["a note"])
+    made_by = MadeBy(
+        "wanda", {"pattern": "2:4"}, "tiny", "abc", 7, {"torch": "2"}, False, 12, 256, ["Linear"], ["head"]
+    )
+    return Plan(masks, made_by, ["a note"], {"layers": [0, 2]}, {"layers.0": [1, 0]}, {"layers.1": "rank 4"})
 
 
 def test_round_trip(tmp_path):
@@ -21,6 +29,56 @@ def test_round_trip(tmp_path):
     loaded = Plan.load(tmp_path / "deep" / "plan.safetensors")
     assert loaded == plan
     assert list(tmp_path.rglob("*")) == [tmp_path / "deep", tmp_path / "deep" / "plan.safetensors"]
+
+
+def rewrite(path, change):
+    """Change the header of a plan's file, and leave its tensors."""
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        header = json.loads(file.metadata()["sparsekit_plan"])
+    change(header)
+    save_file(tensors, path, metadata={"sparsekit_plan": json.dumps(header)})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda header: header["made_by"].update(flavour="strawberry"),
+        lambda header: header.update(made_by=None),
+        lambda header: header.pop("notes"),
+        lambda header: header.update(notes=None),
+        lambda header: header.update(cuts=3),
+    ],
+    ids=["unknown key", "no made_by", "no notes", "null notes", "cuts"],
+)
+def test_headers_that_are_no_plan_are_refused(tmp_path, change):
+    path = tmp_path / "plan.safetensors"
+    make_plan().save(path)
+    rewrite(path, change)
+    with pytest.raises(CheckpointError, match="not a complete sparsekit plan"):
+        Plan.load(path)
+
+
+def test_what_an_older_file_lacks_is_empty(tmp_path):
+    path, plan = tmp_path / "plan.safetensors", make_plan()
+    plan.save(path)
+
+    def shorten(header):
+        for key in ("num_samples", "sample_length", "targets", "ignore"):
+            del header["made_by"][key]
+        for key in ("cuts", "perms", "side"):
+            del header[key]
+
+    rewrite(path, shorten)
+    loaded = Plan.load(path)
+    assert loaded.masks == plan.masks and loaded.notes == plan.notes
+    assert loaded.cuts == loaded.perms == loaded.side == {}
+    assert (loaded.made_by.num_samples, loaded.made_by.targets, loaded.made_by.seed) == (0, [], 7)
+
+
+def test_names_that_are_not_near_are_not_offered():
+    assert "Did you mean" not in unknown("backend", "cuda", ["cpu", "reference", "triton"])
+    assert "Did you mean 'triton'?" in unknown("backend", "tritn", ["cpu", "reference", "triton"])
 
 
 def test_sparsity_counts_every_weight_once():
@@ -40,8 +98,6 @@ def test_missing_truncated_and_foreign_files(tmp_path):
         path.write_bytes(whole[:cut])
         with pytest.raises(CheckpointError, match="not a complete sparsekit plan"):
             Plan.load(path)
-    from safetensors.torch import save_file
-
     save_file({"x": torch.zeros(1)}, path)
     with pytest.raises(CheckpointError):
         Plan.load(path)
