@@ -6,6 +6,7 @@ already are left alone; heads and routers can be had by naming them, the others 
 
 import difflib
 import re
+import warnings
 from collections.abc import Callable, Iterable
 
 import torch
@@ -31,7 +32,10 @@ def find_targets(
             router is taken only if an entry names it, that is, matches nothing but such layers.
         ignore: entries to leave out; wins over `targets`.
     Raises:
-        ValueError: an entry is no pattern, nothing is left, or a weight is shared with another module.
+        ValueError: an entry is no pattern, an entry of `targets` matches nothing, nothing is left, or a weight is
+            shared with another module. (One module that is used in two places is fine: it is one layer.)
+
+    Warns when an entry of `ignore` matches nothing, but for the default "lm_head".
     """
     wanted, unwanted = _entries(targets, "targets"), _entries(ignore, "ignore")
     modules = {
@@ -44,8 +48,11 @@ def find_targets(
         matches = {name for name, module in linears.items() if matches_entry(entry, module, name)}
         named = matches and matches <= guarded and not (isinstance(entry, str) and entry in _class_names(linears))
         found |= matches if named else matches - guarded
+        if not matches:
+            raise ValueError(_nothing_matches([entry], modules, linears, guarded))
     if not found:
         raise ValueError(_nothing_matches(wanted, modules, linears, guarded))
+    _warn_of_idle(unwanted, modules, linears)
     kept = [name for name in found if not any(matches_entry(entry, linears[name], name) for entry in unwanted)]
     if not kept:
         raise ValueError(
@@ -116,6 +123,33 @@ def _is_router(model: nn.Module, segments: list[str]) -> bool:
     return False
 
 
+def _warn_of_idle(unwanted: list[Entry], modules: dict[str, nn.Module], linears: dict[str, nn.Module]) -> None:
+    """Warn of entries of `ignore` that spare nothing: a typo, or the name of a container in place of its layers."""
+    leaves = {name: module for name, module in modules.items() if not _children(module)}
+    for entry in unwanted:
+        if not isinstance(entry, str) or entry == "lm_head":
+            continue
+        if not any(matches_entry(entry, module, name) for name, module in leaves.items()):
+            near = _near(entry, linears)
+            inside = [name for name in linears if name.startswith(f"{entry}.")]
+            hint = f" For all that is inside of it: 're:{re.escape(entry)}'." if inside else near and f" {near}"
+            warnings.warn(f"ignore: {entry!r} matches no layer of this model.{hint}", stacklevel=3)
+
+
+def _near(entry: str, linears: dict[str, nn.Module]) -> str:
+    known = sorted({*_class_names(linears), *linears, *(name.rpartition(".")[2] for name in linears)} - {""})
+    near = difflib.get_close_matches(entry.removeprefix("re:"), known, n=3, cutoff=0.5)
+    return f"Near {entry!r}: {', '.join(map(repr, near))}." if near else ""
+
+
+def show_entries(entries: Iterable[Entry] | Entry) -> list[str]:
+    """Return entries as text, a callable by its name."""
+    return [
+        entry if isinstance(entry, str) else getattr(entry, "__name__", "callable")
+        for entry in _entries(entries, "targets")
+    ]
+
+
 def _refuse_shared(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
     """Raise where a target's weight is also the weight of another module: pruning one would prune the other."""
     owners: dict[int, list[str]] = {}
@@ -152,7 +186,6 @@ def _nothing_matches(
     wanted: list[Entry], modules: dict[str, nn.Module], linears: dict[str, nn.Module], guarded: set[str]
 ) -> str:
     lines = [f"targets={_show(wanted)} matches no layer that can be pruned."]
-    known = sorted({*_class_names(linears), *linears, *(name.rpartition(".")[2] for name in linears)} - {""})
     for entry in wanted:
         if not isinstance(entry, str):
             continue
@@ -161,8 +194,8 @@ def _nothing_matches(
             lines.append(f"{entry!r} matches {hit}, a head or router: name it exactly to prune it.")
         elif hit is not None:
             lines.append(f"{entry!r} matches {hit}, a {type(modules[hit]).__name__}, which is no dense linear layer.")
-        elif near := difflib.get_close_matches(entry.removeprefix("re:"), known, n=3, cutoff=0.5):
-            lines.append(f"Near {entry!r}: {', '.join(map(repr, near))}.")
+        elif near := _near(entry, linears):
+            lines.append(near)
     if any(any(base.__name__ == "SparseLinear" for base in type(module).__mro__) for module in modules.values()):
         lines.append("Some layers are packed already: unpack_ the model to prune it again.")
     lines.append(f"Linear layers here: {_some(list(linears))}." if linears else "The model holds no linear layer.")
@@ -196,7 +229,7 @@ def _children(module: nn.Module) -> bool:
 
 
 def _show(entries: list[Entry]) -> str:
-    return repr([entry if isinstance(entry, str) else getattr(entry, "__name__", "callable") for entry in entries])
+    return repr(show_entries(entries))
 
 
 def _some(names: list[str], limit: int = 6) -> str:

@@ -1,3 +1,5 @@
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -103,6 +105,36 @@ def test_no_match_lists_what_is_near(near):
         find_targets(tiny_model("llama"), near)
     assert "up_proj" in str(caught.value) or "'Linear'" in str(caught.value)
     assert "model.layers.0.self_attn.q_proj" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "near,hint", [("up_prj", "'up_proj'"), ("re:.*mlp.upproj", "up_proj'"), ("Linaer", "'Linear'")]
+)
+def test_every_entry_of_targets_must_match(near, hint):
+    for entries in (["Linear", near], [near, "Linear"]):
+        with pytest.raises(ValueError, match="matches no layer that can be pruned") as caught:
+            find_targets(tiny_model("llama"), entries)
+        assert f"targets=[{near!r}]" in str(caught.value) and hint in str(caught.value)
+    with pytest.raises(ValueError, match="matches no layer"):
+        find_targets(tiny_model("llama"), ["Linear", lambda module, name: False])
+
+
+def test_entries_of_ignore_that_spare_nothing_warn():
+    model = tiny_model("llama")
+    with pytest.warns(UserWarning, match="ignore: 'up_prj' matches no layer of this model. Near 'up_prj': 'up_proj'"):
+        assert len(find_targets(model, ignore=["lm_head", "up_prj"])) == 14
+    with pytest.warns(UserWarning, match=r"'model.layers.0' matches no layer .*: 're:model\\.layers\\.0'"):
+        assert len(find_targets(model, ignore="model.layers.0")) == 14
+    assert len(find_targets(model, ignore=r"re:model\.layers\.0")) == 7
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        find_targets(tiny_model("bert"), ignore="lm_head")
+        find_targets(model, ignore=["embed_tokens", "up_proj", lambda module, name: False])
+
+
+def test_a_module_in_two_places_is_one_layer():
+    shared = nn.Linear(4, 4)
+    assert list(find_targets(nn.Sequential(shared, nn.ReLU(), shared))) == ["0"]
 
 
 def test_no_match_says_what_the_entry_hit():
