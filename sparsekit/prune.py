@@ -16,7 +16,7 @@ from sparsekit.patterns import NM
 from sparsekit.plan import MadeBy, Plan
 from sparsekit.progress import Progress, progress_bar
 from sparsekit.snapshot import Snapshot, restored_on_failure
-from sparsekit.targets import Entry, find_targets, set_weight_NK_, weight_NK
+from sparsekit.targets import Entry, find_targets, set_weight_NK_, show_entries, weight_NK
 from sparsekit.version import __version__
 
 
@@ -52,14 +52,19 @@ def prune_(
         num_calibration_samples: samples used, at most.
         max_seq_length: tokens a sample, at most.
         batch_size: samples run together.
-        seed: of the choice of samples. The same seed gives the same weights, bit for bit, on the same machine.
+        seed: of the choice of samples. The same seed gives the same weights, bit for bit, on the same machine
+            with the same number of threads.
         progress: show a bar.
     Raises:
-        ValueError: a wrong argument, or a method that needs data and got none.
+        ValueError: a wrong argument, a method that needs data and got none, or weights that are all zero already.
         NonFiniteError: weights or activations hold NaN or infinity.
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     config = method_config(method)
+    # Iterables are read more than once.
+    targets, ignore = (
+        each if isinstance(each, str) or callable(each) else list(each or ()) for each in (targets, ignore)
+    )
     layers = find_targets(model, targets, ignore)
     if config.statistics is not None and dataset is None:
         raise ValueError(
@@ -67,8 +72,20 @@ def prune_(
             "a list of token tensors, or use method='magnitude'"
         )
     _refuse_non_finite(layers)
-    made_by = MadeBy(config.name, config.to_dict(), _name_of(model), "", seed, _versions(), config.updates_weights)
+    layers, empty = _without_empty(layers)
+    made_by = MadeBy(
+        method=config.name,
+        config=config.to_dict(),
+        base_model=_name_of(model),
+        seed=seed,
+        versions=_versions(),
+        updates_weights=config.updates_weights,
+        targets=show_entries(targets),
+        ignore=show_entries(ignore),
+    )
     plan = Plan(made_by=made_by, notes=_notes_on_model(model, layers, config))
+    if empty:
+        plan.notes.append(f"{_some(empty)}: every weight is zero already: left as it is")
     with restored_on_failure(model) as snapshot:
         pruner = _Pruner(config, plan, snapshot)
         if config.statistics is None:
@@ -85,6 +102,8 @@ def prune_(
                 seed=seed,
             )
             made_by.data_digest = samples.digest
+            made_by.num_samples, made_by.sample_length = samples.num_samples, samples.length
+            plan.notes += [samples.note] if samples.note else []
             with Walk(model, layers, samples.batches) as walk:
                 with progress_bar(f"{config.name} {config.pattern}", len(walk.steps), progress) as bar:
                     for step in walk.steps:
@@ -145,6 +164,16 @@ def _refuse_non_finite(layers: dict[str, nn.Module]) -> None:
     for name, layer in layers.items():
         if not bool(weight_NK(layer).isfinite().all()):
             raise NonFiniteError(f"the weight of {name} holds NaN or infinity: load a sound checkpoint first")
+
+
+def _without_empty(layers: dict[str, nn.Module]) -> tuple[dict[str, nn.Module], list[str]]:
+    """Take out the layers without any weight but zero (an adapter not yet trained); their names come second."""
+    empty = [name for name, layer in layers.items() if not bool(weight_NK(layer).any())]
+    if len(empty) == len(layers):
+        raise ValueError(
+            f"every weight of {_some(empty)} is zero already, so there is nothing to prune: load trained weights first"
+        )
+    return {name: layer for name, layer in layers.items() if name not in set(empty)}, empty
 
 
 def _notes_on_model(model: nn.Module, layers: dict[str, nn.Module], config: OneShot) -> list[str]:

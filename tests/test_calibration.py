@@ -165,6 +165,10 @@ class TestTokens:
             ([torch.tensor([-1, 3])], "token ids from -1 to 3"),
             ([torch.ones(65, dtype=torch.long)], "sample 0 holds 65 tokens, and the model has 64 positions"),
             ([torch.ones(0, dtype=torch.long)], "0 tokens"),
+            ([torch.ones(1, 5)], "sample 0 holds torch.float32, and the model reads token ids"),
+            ([{"input_ids": torch.ones(1, 5)}], "sample 0 holds torch.float32, and the model reads token ids"),
+            ([torch.ones(1, 5) > 0], "sample 0 holds torch.bool, and the model reads token ids"),
+            ([torch.ones(2, 3, 5, dtype=torch.long)], r"sample 0 has the shape \[2, 3, 5\]: token ids come as"),
             ([1j], "dataset holds a complex: use strings"),
             ([{"words": 3}], "dataset rows hold"),
             ([{"image": torch.ones(2, 2), "mask_": torch.ones(2, 2)}] * 0, "dataset is empty"),
@@ -227,6 +231,33 @@ def test_plain_models_take_tensors_by_position():
     model = nn.Sequential(nn.Linear(5, 4))
     samples = load_samples([torch.ones(3, 5), torch.ones(5)], model)
     assert [batch["input"].shape for batch in samples.batches] == [(3, 5), (1, 5)]
+
+
+class TestDigest:
+    """Equal numbers are other data where their shape, dtype or name is another."""
+
+    @staticmethod
+    def digest(*tensors, **named):
+        model = nn.Identity()
+        model.forward = lambda **kwargs: kwargs
+        return load_samples([*tensors, *([named] if named else [])], model).digest
+
+    def test_shape(self):
+        whole = torch.arange(6)
+        assert self.digest(whole.view(2, 3)) != self.digest(whole.view(3, 2)) != self.digest(whole.view(1, 6))
+        assert self.digest(whole[:2], whole[2:]) != self.digest(whole[:3], whole[3:])
+
+    def test_dtype(self):
+        assert self.digest(torch.zeros(1, 2)) != self.digest(torch.zeros(1, 2, dtype=torch.float64)[:, :2])
+        one = torch.tensor([[1.0, 2.0]])
+        assert self.digest(one) != self.digest(one.view(torch.float16))
+        assert self.digest(one.half()) != self.digest(one.half().view(torch.bfloat16))
+
+    def test_name_and_numbers(self):
+        one = torch.tensor([[1, 2]])
+        assert self.digest(a=one) != self.digest(b=one)
+        assert self.digest(a=one) != self.digest(a=one + 1)
+        assert self.digest(a=one) == self.digest(a=one.int().long())
 
 
 class TestStatistics:
@@ -428,6 +459,19 @@ class TestWalk:
         assert model.config.use_cache is True and torch.get_float32_matmul_precision() == precision
         plain, *_ = gathered(model, [{"input_ids": token_samples(1)[0][None]}])
         assert torch.equal(found["model.layers.1.mlp.down_proj"].matrix, plain["model.layers.1.mlp.down_proj"].matrix)
+
+    @pytest.mark.parametrize("chosen", ["medium", "high", "highest"])
+    def test_matmuls_are_in_full_fp32(self, chosen):
+        model, seen = tiny_model("llama"), []
+        model.model.layers[1].register_forward_pre_hook(lambda *_: seen.append(torch.get_float32_matmul_precision()))
+        before = torch.get_float32_matmul_precision()
+        try:
+            torch.set_float32_matmul_precision(chosen)
+            gathered(model, [{"input_ids": token_samples(1)[0][None]}])
+            assert seen and set(seen) == {"highest"}
+            assert torch.get_float32_matmul_precision() == chosen
+        finally:
+            torch.set_float32_matmul_precision(before)
 
     def test_a_model_that_draws_is_repeatable_and_leaves_the_generator(self):
         class Noisy(nn.Module):

@@ -28,15 +28,22 @@ class Samples:
 
     Attributes:
         batches: each a dict of tensors with the same leading dimension, on the CPU.
-        digest: sha256 of the numbers in them, in order.
+        digest: sha256 of the numbers in them, in order, with their shapes and dtypes.
+        note: what is too little about them, or "".
     """
 
     batches: list[Batch]
     digest: str
+    note: str = ""
 
     @property
     def num_samples(self) -> int:
         return sum(_rows(batch) for batch in self.batches)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest sample."""
+        return max(_length(batch) for batch in self.batches)
 
 
 def load_samples(
@@ -76,12 +83,15 @@ def load_samples(
     first, items, sized = _open(dataset)
     limit = min(max_length, max_positions(model) or max_length)
     if isinstance(first, str):
-        rows = text_samples(items, model, tokenizer, num_samples=num_samples, length=limit, seed=seed, read_all=sized)
+        rows, num_distinct = text_samples(
+            items, model, tokenizer, num_samples=num_samples, length=limit, seed=seed, read_all=sized
+        )
     else:
+        num_distinct = None
         rows = list(_take_rows((_as_batch(item) for item in items), num_samples))
     _check(rows, model)
     batches = [_for_forward(batch, model) for batch in _group(rows, batch_size)]
-    return Samples(batches, _digest(batches))
+    return Samples(batches, _digest(batches), _too_little(rows, num_samples, num_distinct))
 
 
 def _open(dataset: Any) -> tuple[Any, Iterator[Any], bool]:
@@ -206,7 +216,16 @@ def _check(rows: list[Batch], model: nn.Module) -> None:
     vocabulary, positions = vocabulary_size(model), max_positions(model)
     for index, batch in enumerate(rows):
         ids = batch.get("input_ids", batch.get(INPUT))
-        if ids is None or ids.is_floating_point() or not ids.numel():
+        if ids is None or not ids.numel():
+            continue
+        if vocabulary is not None and getattr(model, "main_input_name", "input_ids") == "input_ids":
+            if ids.is_floating_point() or ids.dtype == torch.bool:
+                raise ValueError(f"sample {index} holds {ids.dtype}, and the model reads token ids: pass int64")
+            if ids.dim() != 2:
+                raise ValueError(
+                    f"sample {index} has the shape {list(ids.shape)}: token ids come as [length] or [samples, length]"
+                )
+        if ids.is_floating_point():
             continue
         low, high = int(ids.min()), int(ids.max())
         if vocabulary is not None and (low < 0 or high >= vocabulary):
@@ -235,6 +254,36 @@ def _for_forward(batch: Batch, model: nn.Module) -> Batch:
 
 def _rows(batch: Batch) -> int:
     return next(iter(batch.values())).shape[0]
+
+
+def _length(batch: Batch) -> int:
+    """Tokens of each sample of a batch; 1 where samples are no sequences."""
+    x = next((batch[key] for key in ("input_ids", INPUT) if key in batch), next(iter(batch.values())))
+    is_sequence = x.dim() == 3 or (x.dim() == 2 and not x.is_floating_point())
+    return x.shape[1] if is_sequence else 1
+
+
+def _split(batch: Batch) -> Iterator[Batch]:
+    rows = _rows(batch)
+    for i in range(rows):
+        yield {key: x[i : i + 1] if x.dim() and x.shape[0] == rows else x for key, x in batch.items()}
+
+
+def _too_little(rows: list[Batch], asked: int, num_distinct: int | None) -> str:
+    """Return a note if fewer samples came than were asked for, or if they repeat what others hold."""
+    came = sum(_rows(batch) for batch in rows)
+    num_tokens = sum(_rows(batch) * _length(batch) for batch in rows)
+    if num_distinct is None:
+        different = {_digest([row]): _length(batch) for batch in rows for row in _split(batch)}
+        num_distinct = sum(different.values())
+    if 2 * num_distinct < num_tokens:
+        return (
+            f"calibration: the {came} samples hold {num_tokens} tokens, but only {num_distinct} different ones, "
+            "for they repeat or overlap: pass more data"
+        )
+    if came < asked:
+        return f"calibration: {came} samples came, where {asked} were asked for: pass more data for a better result"
+    return ""
 
 
 def _digest(batches: list[Batch]) -> str:

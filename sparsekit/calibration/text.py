@@ -18,8 +18,8 @@ _TEXTS_AT_ONCE = 512
 
 def text_samples(
     texts: Iterable[Any], model: nn.Module, tokenizer: Any, *, num_samples: int, length: int, seed: int, read_all: bool
-) -> list[Batch]:
-    """Return samples as dicts of [1, L] tensors.
+) -> tuple[list[Batch], int | None]:
+    """Return samples as dicts of [1, L] tensors, and how many places of the stream they cover; None without a stream.
 
     Args:
         texts: strings. Blank ones count in a stream, as they did when the model read WikiText in training.
@@ -37,7 +37,7 @@ def text_samples(
     generator = torch.Generator().manual_seed(seed)
     if _reads_single_texts(model, tokenizer):
         texts = (text for text in _checked(texts) if text.strip())
-        return _single_texts(texts, tokenizer, num_samples, length, generator, read_all)
+        return _single_texts(texts, tokenizer, num_samples, length, generator, read_all), None
     enough = None if read_all else 2 * num_samples * length
     return _random_chunks(_token_stream(_checked(texts), tokenizer, enough), num_samples, length, generator)
 
@@ -90,14 +90,20 @@ def _ids(encoded: Any) -> list[int]:
     return list(getattr(encoded, "ids", encoded))
 
 
-def _random_chunks(stream: Tensor, num_samples: int, length: int, generator: torch.Generator) -> list[Batch]:
+def _random_chunks(
+    stream: Tensor, num_samples: int, length: int, generator: torch.Generator
+) -> tuple[list[Batch], int]:
     if stream.numel() < length:
         raise ValueError(
             f"the dataset gave {stream.numel()} tokens, and one sample takes {length}: "
             f"pass more text, or a max_seq_length of at most {stream.numel()}"
         )
     starts = torch.randint(0, stream.numel() - length + 1, (num_samples,), generator=generator)
-    return [{"input_ids": stream[start : start + length][None].clone()} for start in starts.tolist()]
+    is_covered = torch.zeros(stream.numel(), dtype=torch.bool)
+    for start in starts.tolist():
+        is_covered[start : start + length] = True
+    chunks = [{"input_ids": stream[start : start + length][None].clone()} for start in starts.tolist()]
+    return chunks, int(is_covered.sum())
 
 
 def _single_texts(
