@@ -174,7 +174,7 @@ def _read_pretrained(folder: Path, manifest: dict[str, Any], backend: str, dtype
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / 'config.json'} cannot be read: {error}") from error
     kind = getattr(transformers, (config.architectures or [""])[0], None) or transformers.AutoModel
-    described = getattr(config, "quantization_config", None)
+    described: Any = getattr(config, "quantization_config", None)
     ours = isinstance(described, dict) and described.get("quant_method") == QUANT_METHOD
     if manifest and manifest.get("layers") != (described.get("layers") if ours else {}):
         raise CheckpointError(f"{folder / 'config.json'} and {MANIFEST} name other layers: fetch the checkpoint again")
