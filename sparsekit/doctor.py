@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from sparsekit.backends import BACKENDS
@@ -85,9 +86,20 @@ def default_dtype(own: torch.dtype | None, device: torch.device) -> tuple[torch.
     return own, []
 
 
-def config_dtype(config: Any) -> torch.dtype | None:
-    """Return the dtype that a transformers config names, its text model's where the whole names none."""
-    return parse_dtype(getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None))
+def own_dtype_of(config: Any, folder: str | os.PathLike[str] | None = None) -> torch.dtype | None:
+    """Return the dtype that a transformers config names, or its text model's; else that of the weights in `folder`."""
+    named = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    if named is not None:
+        return parse_dtype(named)
+    files = sorted(Path(folder).glob("*.safetensors")) if folder is not None else []
+    if not files:
+        return None
+    with safe_open(files[0], framework="pt") as tensors:
+        stored = (tensors.get_slice(key).get_dtype() for key in tensors.keys())
+        return next((_STORED_DTYPES[name] for name in stored if name in _STORED_DTYPES), None)
+
+
+_STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -113,8 +125,9 @@ def _read_model(
         return [], None, None
     if isinstance(model, str) and model.lower() in SHAPES:
         return get_shapes(model), None, None
-    if isinstance(model, str | os.PathLike):
-        model = read_config(str(model))
+    folder = model if isinstance(model, str | os.PathLike) else None
+    if folder is not None:
+        model = read_config(str(folder))
     if isinstance(model, nn.Module):
         layers = _prunable(model, targets, ignore)
         first = next(iter(layers.values()))
@@ -125,7 +138,7 @@ def _read_model(
         device = None if own_device.type == "meta" else own_device
         return _group(layers), own_dtype if own_dtype.is_floating_point else None, device
     if hasattr(model, "to_dict") and hasattr(model, "model_type"):
-        return _group(_prunable(empty_model(model), targets, ignore)), config_dtype(model), None
+        return _group(_prunable(empty_model(model), targets, ignore)), own_dtype_of(model, folder), None
     if isinstance(model, Sequence):
         return _listed(model), None, None
     raise ValueError(

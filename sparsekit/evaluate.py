@@ -148,7 +148,7 @@ def _token_ids(item: Any) -> Tensor:
     """Return the tokens of one item [T], without padding."""
     batch = _as_batch(item)
     ids, mask = batch.get("input_ids", batch.get(INPUT)), batch.get("attention_mask")
-    if ids is None or ids.is_floating_point():
+    if ids is None or ids.is_floating_point() or ids.dtype == torch.bool:
         raise ValueError(f"a sample holds {sorted(batch)}: perplexity needs 'text', or whole numbers as 'input_ids'")
     return (ids if mask is None else ids[mask.bool()]).reshape(-1).to("cpu", torch.int64)
 

@@ -166,6 +166,7 @@ def test_numbers_are_checked(name, value):
         ([""], "0 tokens"),
         ([[0]], "1 tokens"),
         ([torch.tensor([0.5, 1.5])], "whole numbers"),
+        ([torch.tensor([True, False])], "whole numbers"),
         (["abc"], "tokenizer"),
         ([torch.tensor([1, 9])], "vocabulary of 5"),
         ([3.5], "float"),

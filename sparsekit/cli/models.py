@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from sparsekit.checkpoint import MANIFEST, load
-from sparsekit.doctor import config_dtype, default_dtype, parse_dtype, read_config
+from sparsekit.doctor import default_dtype, own_dtype_of, parse_dtype, read_config
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
@@ -28,7 +28,7 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None) -> tup
     target = parse_device(device)
     wanted, notes = parse_dtype(None if dtype == "auto" else dtype), list[str]()
     if wanted is None:
-        wanted, notes = default_dtype(config_dtype(config), target)
+        wanted, notes = default_dtype(own_dtype_of(config, name), target)
     wanted_or_stored: Any = wanted or "auto"
     _hush_transformers()
     if (Path(name) / MANIFEST).is_file():

@@ -104,13 +104,19 @@ def test_doctor(tiny_model, tmp_path):
     assert "sparse pays at" in result.stdout
 
 
-def test_doctor_and_prune_take_the_same_dtype(tiny_model, tmp_path):
-    AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float16).save_pretrained(tmp_path / "half")
-    loaded, notes = load_model(str(tmp_path / "half"), device="cpu")
+@pytest.mark.parametrize("stored, used", [("float16", "bfloat16"), ("float32", "float32")])
+@pytest.mark.parametrize("is_named", [True, False])
+def test_doctor_and_prune_take_the_same_dtype(stored, used, is_named, tiny_model, tmp_path):
+    AutoModelForCausalLM.from_pretrained(tiny_model, dtype=getattr(torch, stored)).save_pretrained(tmp_path / "m")
+    if not is_named:
+        config = json.loads((tmp_path / "m" / "config.json").read_text())
+        del config["dtype"]
+        (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    loaded, notes = load_model(str(tmp_path / "m"), device="cpu")
     words = ["--device", "cpu", "--num-tokens", "1", "--max-seconds", 1, "--json", "-", "-q"]
-    found = json.loads(run("doctor", tmp_path / "half", *words).stdout)["doctor"]
-    assert loaded.dtype is torch.bfloat16 and "bfloat16" in found["title"]
-    assert len(notes) == 1 and notes[0] in found["notes"]
+    found = json.loads(run("doctor", tmp_path / "m", *words).stdout)["doctor"]
+    assert loaded.dtype is getattr(torch, used) and f"2:4 weights in {used} on cpu" in found["title"]
+    assert len(notes) == (stored != used) and set(notes) <= set(found["notes"])
 
 
 def test_transformers_shows_no_bars_of_its_own(tiny_model, text, tmp_path):
