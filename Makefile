@@ -28,6 +28,9 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,dev]"
+	# An editable install alone is found after the working directory: beside a clone called "sparsekit", Python would
+	# take that folder for the package. Plain paths are found in time.
+	printf '%s\n' '$(CURDIR)' '$(CURDIR)/kernels' > "$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')/sparsekit.pth"
 	touch $@
 
 clean:

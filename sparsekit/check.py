@@ -1,5 +1,6 @@
 """What holds, layer by layer: the contract at the end of every run, and who runs what and why."""
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from sparsekit.plan import Plan
 from sparsekit.report import Report
 from sparsekit.targets import is_linear, weight_NK
 
+FEW_ZEROS = 0.25
+"""A layer with a smaller share of exact zeros has them by chance, as after a conversion to fp16: it is dense."""
+
 
 def check(model: nn.Module, plan: Plan | None = None) -> Report:
     """Return a table of every linear layer: pattern, sparsity asked and got, finiteness, bytes, backend and why.
@@ -21,8 +25,8 @@ def check(model: nn.Module, plan: Plan | None = None) -> Report:
         model: packed, masked or dense.
         plan: what was asked for; without one, packed layers must hold the pattern of their format.
     Returns:
-        A report whose `ok` is False if a layer breaks its pattern, has fewer zeros than asked, or holds NaN or
-        infinity. Its notes name such layers.
+        A report, one row a layer, whose `ok` is False if a layer breaks its pattern, has fewer zeros than asked, or
+        holds NaN or infinity. Its notes name such layers.
     """
     model = unwrapped(model)
     rows: list[dict[str, Any]] = []
@@ -40,6 +44,7 @@ def check(model: nn.Module, plan: Plan | None = None) -> Report:
             continue
         mask = plan.masks.get(name) if plan else None
         asked = mask.pattern if mask else NM(2, 4) if sparse is not None else None
+        asked_share = mask.sparsity if mask else asked.fixed_sparsity() if asked else None
         got = sparsity_of(weight)
         finite = bool(torch.isfinite(weight).all())
         broken = asked.count_violations(weight != 0) if asked else 0
@@ -53,14 +58,13 @@ def check(model: nn.Module, plan: Plan | None = None) -> Report:
             {
                 "layer": name,
                 "shape": f"{weight.shape[0]}x{weight.shape[1]}",
-                "pattern": str(asked) if asked else "dense" if got == 0 else "zeros, no plan",
-                "asked": round(mask.sparsity, 4) if mask else None,
+                "pattern": str(asked) if asked else "dense" if got < FEW_ZEROS else "zeros, no plan",
+                "asked": None if asked_share is None else round(asked_share, 4),
                 "sparsity": round(got, 4),
                 "finite": finite,
                 "dense bytes": weight.nbytes,
                 "bytes": sparse.packed_bytes() if sparse is not None else weight.nbytes,
                 "backend": sparse.backend if sparse is not None else "torch",
-                "why": "; ".join(f"not {k}: {v}" for k, v in sparse.reasons.items()) if sparse is not None else "",
             }
         )
     pruned = [row for row in rows if row["pattern"] != "dense"]
@@ -76,7 +80,7 @@ def check(model: nn.Module, plan: Plan | None = None) -> Report:
         summary["bytes of the sparse layers"] = (
             f"{now_bytes:,} of {dense_bytes:,} dense ({now_bytes / dense_bytes:.3f})"
         )
-    notes = list(problems)
+    notes = problems + _why_these_backends(packed)
     if plan is not None:
         missing = [name for name in plan.masks if name not in dict(model.named_modules())]
         notes += [f"the plan names {name}, which the model does not have" for name in missing]
@@ -87,6 +91,14 @@ def check(model: nn.Module, plan: Plan | None = None) -> Report:
     elif loose := [row["layer"] for row in pruned if row["layer"] not in packed and row["sparsity"] >= 0.25]:
         notes.append(f"{len(loose)} sparse layers are not packed and no faster for their zeros, as {loose[0]}")
     return Report("sparsekit check", rows, summary, notes, ok=not problems)
+
+
+def _why_these_backends(packed: dict[str, SparseLinear]) -> list[str]:
+    """Return one sentence for each backend in use: how many layers, and why not the ones asked before it."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for layer in packed.values():
+        counts[layer.backend, "; ".join(f"not {name}: {reason}" for name, reason in layer.reasons.items())] += 1
+    return [f"{count} layers run on {name!r}" + (f" ({why})" if why else "") for (name, why), count in counts.items()]
 
 
 def explain(model: nn.Module, num_tokens: tuple[int, ...] = (1, 16, 128, 1024)) -> Report:

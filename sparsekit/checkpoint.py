@@ -48,10 +48,15 @@ def save(
         tokenizer: saved into the same folder where given.
         max_shard_size: as in transformers.
     Raises:
-        ValueError: `packed=True` and no layer is packed.
+        ValueError: `packed=True` and no layer is packed; or a peft model, whose adapter and base are saved apart.
         OSError: the disk is too full. Nothing was written.
     """
     model = unwrapped(model)
+    if hasattr(model, "peft_config") and not is_pretrained(model):
+        raise ValueError(
+            "this is a peft model: save its adapter with model.save_pretrained(folder), and the base with "
+            "sparsekit.save(model.unload(), folder)"
+        )
     layers = sparse_layers(model)
     describe_packed_(model)  # layers may have been packed by hand, or through a part of the model
     if packed and not layers:

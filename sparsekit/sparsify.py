@@ -6,10 +6,10 @@ from typing import Any
 import torch.nn as nn
 from torch import Tensor
 
-from sparsekit.backends import BACKENDS
+from sparsekit.backends import BACKENDS, resolve
 from sparsekit.check import check
 from sparsekit.errors import SparsekitError
-from sparsekit.formats import FORMATS
+from sparsekit.formats import FORMATS, WeightSpec
 from sparsekit.methods import METHODS, OneShot, method_config
 from sparsekit.nn import unwrapped
 from sparsekit.pack import pack_
@@ -77,8 +77,12 @@ def sparsify(
         FORMATS.get(format)
     if backend != "auto":
         BACKENDS.get(backend)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model={model!r} is a {type(model).__name__}: pass the loaded model, an nn.Module")
     whole, model = model, unwrapped(model)
     layers = find_targets(model, targets, ignore)
+    if backend != "auto" and wanted == NM(2, 4):
+        _refuse_unrunnable(layers, backend)  # now, and not after an hour of pruning
     with restored_on_failure(model) as snapshot:
         if method is None and _obey(layers, wanted):
             plan = None
@@ -134,6 +138,12 @@ def _choose_method(method: Any, pattern: Pattern, sparsity: float, has_data: boo
     if config.parsed_pattern != pattern and pattern != DEFAULT_PATTERN:
         raise ValueError(f"pattern={str(pattern)!r}, and method asks for {config.pattern!r}: give both the same")
     return config
+
+
+def _refuse_unrunnable(layers: dict[str, nn.Module], backend: str) -> None:
+    for layer in layers.values():
+        w_NK = weight_NK(layer)
+        resolve(backend, WeightSpec("semi24", w_NK.shape[0], w_NK.shape[1], w_NK.dtype), w_NK.device)
 
 
 def _obey(layers: dict[str, nn.Module], pattern: Pattern) -> bool:

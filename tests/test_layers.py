@@ -28,6 +28,7 @@ ORDER = [
     {"sparsify", "doctor"},
     {"__init__"},
     {"cli"},
+    {"__main__"},
 ]
 RANK = {name: rank for rank, row in enumerate(ORDER) for name in row}
 TRAINING = {"archs", "calibration", "methods", "prune", "surgery"}

@@ -414,3 +414,14 @@ def test_an_interrupted_apply_leaves_the_model_as_it_was(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         sk.apply_(model, plan)
     assert all(torch.equal(now, then) for now, then in zip(model.parameters(), before.parameters(), strict=True))
+
+
+def test_a_backend_that_cannot_run_here_is_refused_before_pruning(monkeypatch):
+    monkeypatch.setattr(sparsify_module, "prune_", lambda *_, **__: pytest.fail("pruning must not begin"))
+    with pytest.raises(Unsupported, match="backend 'triton' cannot run semi24 16x16"):
+        sk.sparsify(nn.Sequential(nn.Linear(16, 16)), method="magnitude", backend="triton", progress=False)
+
+
+def test_a_name_is_no_model():
+    with pytest.raises(ValueError, match="model='llama' is a str: pass the loaded model"):
+        sk.sparsify("llama", "2:4")

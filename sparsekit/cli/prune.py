@@ -142,7 +142,7 @@ def _short_check(report: Report) -> Report:
     return Report(report.title, list(kinds.values()), report.summary, report.notes, report.ok)
 
 
-_SHOWN = ("shape", "pattern", "sparsity", "finite", "dense bytes", "bytes", "backend", "why")
+_SHOWN = ("shape", "pattern", "sparsity", "finite", "dense bytes", "bytes", "backend")
 
 
 def _tokenizer_if_any(name: str) -> object | None:

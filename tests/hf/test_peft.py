@@ -155,3 +155,12 @@ def test_disabled_adapters():
         model = with_lora(base, init_lora_weights=False).eval()
         with model.disable_adapter():
             assert torch.equal(model(input_ids=IDS).logits, expected)
+
+
+def test_saving_a_peft_model_says_how_it_is_done(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    wrapped = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(target_modules=["0"], r=2))
+    with pytest.raises(ValueError, match="peft model: save its adapter with"):
+        sk.save(wrapped, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
