@@ -272,3 +272,27 @@ def test_lengths_the_model_cannot_read(packed):
 )
 def test_verdict(speedups, line):
     assert verdict(speedups, "too small") == line
+
+
+@pytest.mark.parametrize("inputs", [torch.randn(3, 32), (torch.randn(3, 32),), {"input": torch.randn(3, 32)}])
+def test_inputs_in_every_form(inputs):
+    torch.manual_seed(0)
+    model = sk.sparsify(nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 8)), method="magnitude", progress=False)
+    assert benchmark(model, inputs=inputs, rounds=1, progress=False).rows[0]["what"] == "forward"
+
+
+def test_a_disturbed_measurement_gives_no_plain_verdict(monkeypatch):
+    from sparsekit.benchmarking import models
+
+    torch.manual_seed(0)
+    model = sk.sparsify(nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 8)), method="magnitude", progress=False)
+    quiet = benchmark(model, inputs=torch.randn(3, 32), rounds=1, progress=False)
+    assert not quiet.summary["verdict"].startswith("disturbed")
+    slow, fast = models.Timing((1.0, 9.0, 9.0)), models.Timing((1.0, 1.0, 1.0))
+    monkeypatch.setattr(
+        models, "_run_rounds", lambda *_: {"forward": models.Comparison({"dense": slow, "sparse": fast})}
+    )
+    report = benchmark(model, inputs=torch.randn(3, 32), rounds=3, progress=False)
+    assert report.summary["verdict"].startswith(
+        "disturbed by other work, run again; by the best times alone: stay dense"
+    )

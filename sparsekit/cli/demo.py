@@ -123,7 +123,7 @@ def _three_methods(options: DemoOptions, tokenizer: Any, is_own: bool, output: O
                 max_tokens=options.max_eval_tokens,
                 progress=output.progress,
             )
-            row |= {"perplexity": found.value, "tokens": found.num_tokens, "tokens/s": found.tokens_per_second}
+            row |= {"perplexity": found.value, "tokens": found.num_tokens, "chunk": found.max_seq_length}
             lines.rows.append({"method": method, "text": _continue(model, tokenizer, str(options.eval_dataset))})
         quality.rows.append(row)
     if not is_causal(model):

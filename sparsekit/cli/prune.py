@@ -128,7 +128,7 @@ def _quality(
     side: str, model: torch.nn.Module, tokenizer: object, options: PruneOptions, output: Output
 ) -> dict[str, object]:
     found = perplexity(model, options.eval_dataset, tokenizer, progress=output.progress)
-    return {"model": side, "perplexity": found.value, "tokens/s": found.tokens_per_second, "tokens": found.num_tokens}
+    return {"model": side, "perplexity": found.value, "tokens": found.num_tokens, "chunk": found.max_seq_length}
 
 
 def _short_check(report: Report) -> Report:
