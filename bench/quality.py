@@ -5,19 +5,28 @@
 DIR holds `models/` (stories260K, babyllama_tok105, wikilm) and `data/` (tinystories, wikitext2); what is missing is
 skipped, and said so. Calibration: 128 random chunks of the training split, as long as the test chunks. Prints a
 table, then one JSON line for each row.
+
+    git clone https://github.com/IST-DASLab/sparsegpt CLONE && git -C CLONE checkout 147d215
+    python bench/quality.py --data DIR --methods sparsegpt --published CLONE
+
+adds a row by the published SparseGPT class, on the same chunks; 2:4 only.
 """
 
 import argparse
+import importlib
+import io
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import sparsekit as sk
 from sparsekit.evaluate import perplexity, read_tokens
@@ -67,8 +76,42 @@ def random_chunks(ids: Tensor, length: int, seed: int, num: int = NUM_SAMPLES) -
     return [ids[start : start + length] for start in starts.tolist()]
 
 
-def measure(case: Case, root: Path, methods: list[str], pattern: str, seeds: list[int]) -> Iterator[dict[str, Any]]:
-    """Yield a row for the dense model, then one for each method and seed."""
+def prune_published_(model: Any, chunks: list[Tensor], clone: Path) -> None:
+    """Prune to 2:4 with the class `SparseGPT` of a clone of IST-DASLab/sparsegpt, in the procedure of its llama.py.
+
+    Block by block: all linear layers of a block gather their Hessians on the outputs of the pruned blocks before it,
+    one chunk at a time; then each is pruned with the settings that llama.py starts with (1 % damping, blocks of 128
+    columns). The inputs of a block come from forwards of the whole model, which llama.py spares by keeping them.
+    """
+    import transformers
+    from transformers.pytorch_utils import Conv1D
+
+    transformers.Conv1D = Conv1D  # where the class looks for it
+    if not torch.cuda.is_available():
+        torch.cuda.synchronize = lambda *_: None  # it waits for the device whichever device it runs on
+    if str(clone) not in sys.path:
+        sys.path.insert(0, str(clone))
+    published = importlib.import_module("sparsegpt").SparseGPT
+    for block in model.model.layers:
+        workers = {layer: published(layer) for layer in block.modules() if isinstance(layer, nn.Linear)}
+        handles = [
+            layer.register_forward_hook(lambda _, args, out, worker=worker: worker.add_batch(args[0].data, out.data))
+            for layer, worker in workers.items()
+        ]
+        with torch.no_grad():
+            for chunk in chunks:
+                model(input_ids=chunk[None], use_cache=False)
+            for handle in handles:
+                handle.remove()
+            for worker in workers.values():
+                with redirect_stdout(io.StringIO()):
+                    worker.fasterprune(0.5, prunen=2, prunem=4, percdamp=0.01, blocksize=128)
+
+
+def measure(
+    case: Case, root: Path, methods: list[str], pattern: str, seeds: list[int], published: Path | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yield a row for the dense model, then one for each method and seed, and for the published SparseGPT."""
     model_dir = root / "models" / case.model
     model = load_model(model_dir)
     dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -95,6 +138,11 @@ def measure(case: Case, root: Path, methods: list[str], pattern: str, seeds: lis
             chunks = random_chunks(train, case.chunk, seed)
             sk.prune_(model, METHODS.get(method)(pattern=pattern), dataset=chunks, seed=seed, progress=False)
             yield row(method, seed, time.perf_counter() - started)
+    for seed in seeds if published is not None else []:
+        model.load_state_dict(dense)
+        started = time.perf_counter()
+        prune_published_(model, random_chunks(train, case.chunk, seed), published)
+        yield row("published sparsegpt", seed, time.perf_counter() - started)
 
 
 def main() -> None:
@@ -105,8 +153,11 @@ def main() -> None:
     parser.add_argument("--methods", type=names, default=["magnitude", "wanda", "sparsegpt"])
     parser.add_argument("--pattern", default="2:4")
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0])
+    parser.add_argument("--published", type=Path, help="clone of IST-DASLab/sparsegpt, to compare with; 2:4 only")
     parser.add_argument("--json", type=Path, help="append the rows to this file")
     options = parser.parse_args()
+    if options.published is not None and options.pattern != "2:4":
+        parser.error("--published compares 2:4 only")
     report = Report(f"Perplexity after one-shot pruning to {options.pattern}")
     for case in CASES:
         if case.model not in options.models:
@@ -115,7 +166,7 @@ def main() -> None:
         if missing := [str(path) for path in needed if not path.exists()]:
             report.notes.append(f"{case.model} skipped: no {', '.join(missing)}")
             continue
-        report.rows += measure(case, options.data, options.methods, options.pattern, options.seeds)
+        report.rows += measure(case, options.data, options.methods, options.pattern, options.seeds, options.published)
     report.print()
     lines = [json.dumps(row) for row in report.rows]
     print("\n".join(lines))
