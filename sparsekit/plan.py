@@ -36,7 +36,7 @@ class MadeBy:
     ignore: list[str] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(repr=False)
 class Plan:
     """Decisions about one model: `masks` zero weights.
 
@@ -58,6 +58,12 @@ class Plan:
     cuts: dict[str, Any] = field(default_factory=dict)
     perms: dict[str, Any] = field(default_factory=dict)
     side: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        patterns = ", ".join(sorted({str(mask.pattern) for mask in self.masks.values()})) or "nothing"
+        notes = "".join(f"\n  • {note}" for note in self.notes)
+        made = f"{self.made_by.method or 'by hand'}: {patterns}, {len(self.masks)} layers"
+        return f"Plan({made}, sparsity={self.sparsity:.3f}){notes}"
 
     @property
     def sparsity(self) -> float:

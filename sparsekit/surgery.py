@@ -6,6 +6,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from sparsekit.errors import Unsupported
+from sparsekit.nn import unwrapped
 from sparsekit.plan import Plan
 from sparsekit.registry import unknown
 from sparsekit.snapshot import restored_on_failure
@@ -25,8 +27,12 @@ def apply_(model: M, plan: Plan) -> M:
 
     Raises:
         ValueError: the plan names layers that the model lacks, that are no linear layers or have another shape.
+        Unsupported: the plan holds decisions that this version cannot apply.
     """
-    inner = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    for kind in ("cuts", "perms", "side"):
+        if getattr(plan, kind):
+            raise Unsupported(f"the plan holds {kind}, which this version does not apply: upgrade sparsekit")
+    inner = unwrapped(model)
     layers = {name: _layer(inner, name, plan.masks[name].shape) for name in plan.masks}
     if plan.made_by.updates_weights:
         _warn_without_update(layers, plan)

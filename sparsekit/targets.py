@@ -1,7 +1,7 @@
 """Which layers of a model to work on, and their weights as [out_features, in_features].
 
-Only linear layers can be targets. Embeddings, output heads, MoE routers, LoRA factors and layers that are packed
-already are left alone; heads and routers can be had by naming them, the others cannot.
+Only linear layers can be targets. Embeddings, output and task heads, MoE routers, LoRA factors and layers that are
+packed already are left alone; heads and routers can be had by naming them, the others cannot.
 """
 
 import difflib
@@ -101,7 +101,7 @@ def matches_entry(entry: Entry, module: nn.Module, name: str) -> bool:
 
 
 def guarded_layers(model: nn.Module, linears: dict[str, nn.Module]) -> set[str]:
-    """Return the names of output heads, MoE routers and LoRA factors, which only an explicit target reaches."""
+    """Return the names of heads, MoE routers and LoRA factors, which only an explicit target reaches."""
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
     guarded = set()
@@ -109,9 +109,15 @@ def guarded_layers(model: nn.Module, linears: dict[str, nn.Module]) -> set[str]:
         segments = name.split(".")
         is_head = module is head or segments[-1] == "lm_head"
         is_lora = any(segment.startswith(("lora_", "modules_to_save")) for segment in segments)
-        if is_head or is_lora or _is_router(model, segments):
+        if is_head or is_lora or _is_router(model, segments) or _is_task_head(model, segments):
             guarded.add(name)
     return guarded
+
+
+def _is_task_head(model: nn.Module, segments: list[str]) -> bool:
+    """Whether a layer lies outside the base model of a transformers model: small, and what a task hangs on."""
+    base = getattr(model, "base_model_prefix", "")
+    return bool(base) and isinstance(getattr(model, base, None), nn.Module) and segments[0] != base
 
 
 def _is_router(model: nn.Module, segments: list[str]) -> bool:

@@ -109,3 +109,8 @@ def test_altered_bits_that_break_the_pattern_are_refused(tmp_path):
     plan.save(tmp_path / "plan.safetensors")
     with pytest.raises(CheckpointError, match="breaks 2:4"):
         Plan.load(tmp_path / "plan.safetensors")
+
+
+def test_a_plan_prints_as_one_line_and_its_notes():
+    assert str(make_plan()) == "Plan(wanda: 2:4, 2 layers, sparsity=0.400)\n  • a note"
+    assert repr(Plan()) == "Plan(by hand: nothing, 0 layers, sparsity=0.000)"

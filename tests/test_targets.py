@@ -7,7 +7,7 @@ from torch import nn
 from sparsekit.targets import find_targets, is_conv1d, set_weight_NK_, weight_NK
 from tests.archs.tiny_models import BUILDERS, tiny_model
 
-NUM_LINEARS = {"llama": 14, "mistral": 14, "qwen2": 14, "qwen3": 14, "opt": 14, "gpt2": 8, "bert": 14, "distilbert": 14}
+NUM_LINEARS = {"llama": 14, "mistral": 14, "qwen2": 14, "qwen3": 14, "opt": 14, "gpt2": 8, "bert": 13, "distilbert": 12}
 
 
 @pytest.mark.parametrize("family", BUILDERS)
@@ -177,3 +177,13 @@ def test_a_parametrized_weight_is_refused():
 
 def test_the_model_may_be_a_linear_layer():
     assert list(find_targets(nn.Linear(4, 4))) == [""]
+
+
+def test_task_heads_are_left_alone_unless_named():
+    from transformers import BertConfig, BertForSequenceClassification
+
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=20)
+    model = BertForSequenceClassification(BertConfig(**sizes))
+    assert "classifier" not in find_targets(model)
+    assert "bert.encoder.layer.0.output.dense" in find_targets(model)
+    assert list(find_targets(model, targets=("classifier",))) == ["classifier"]
