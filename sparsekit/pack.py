@@ -188,7 +188,8 @@ def _choose(model: nn.Module, format: str, wanted: Collection[str] | None) -> tu
 
 def _speak_of_sparse_layers_left_dense(model: nn.Module, refused: dict[str, str], asked: bool) -> None:
     """Name layers that have many zeros and yet are not packed: an error where the format was asked for by name."""
-    sparse = [name for name in refused if share_of_zeros(cast(Tensor, model.get_submodule(name).weight)) >= 0.25]
+    shares = {name: share_of_zeros(cast(Tensor, model.get_submodule(name).weight)) for name in refused}
+    sparse = [name for name, share in shares.items() if 0.25 <= share < 1]  # all zeros: an adapter yet to be trained
     if sparse and asked:
         raise PatternError(f"{sparse[0]}: {refused[sparse[0]]}. Prune it to the pattern, or use format='auto'")
     if sparse:
