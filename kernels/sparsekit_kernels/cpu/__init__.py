@@ -124,7 +124,7 @@ def restore(blocks: Tensor, masks: Tensor, N: int) -> tuple[Tensor, Tensor]:
 
 def spmm24(x: Tensor, blocks: Tensor, masks: Tensor, N: int, bias: Tensor | None = None) -> Tensor:
     """Return x @ W.T + bias for a prepared 2:4 weight [N, K]; x is [..., K], the result [..., N] in x's dtype."""
-    K = x.shape[-1]
+    *leading, K = x.shape
     dtype_id = _DTYPE_IDS.get(x.dtype)
     if dtype_id is None or x.dtype != blocks.dtype or not x.is_cpu:
         raise ValueError(
@@ -140,18 +140,22 @@ def spmm24(x: Tensor, blocks: Tensor, masks: Tensor, N: int, bias: Tensor | None
             raise ValueError(f"bias must be [{N}] {x.dtype}, got {tuple(bias.shape)} {bias.dtype}")
         bias = bias.contiguous()
         bias_ptr = bias.data_ptr()
-    x_MK = x if x.dim() == 2 else x.reshape(-1, K)
-    if x_MK.stride(1) != 1:
-        x_MK = x_MK.contiguous()
-    y = torch.empty(*x.shape[:-1], N, dtype=x.dtype)
+    if K and x.is_contiguous():  # the usual case, without a view of x: each costs a microsecond
+        M, stride = x.numel() // K, K
+    else:
+        x = x if x.dim() == 2 else x.reshape(-1, K)
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        M, stride = x.shape[0], x.stride(0)
+    y = torch.empty((*leading, N), dtype=x.dtype)
     level, call, parallel_for = _spmm24()
     status = call(
-        level, dtype_id, x_MK.data_ptr(), x_MK.stride(0), blocks.data_ptr(), masks.data_ptr(), bias_ptr, y.data_ptr(),
-        x_MK.shape[0], N, K, parallel_for,
+        level, dtype_id, x.data_ptr(), stride, blocks.data_ptr(), masks.data_ptr(), bias_ptr, y.data_ptr(),
+        M, N, K, parallel_for,
     )  # fmt: skip
     if status:
         if status == 1:
-            raise MemoryError(f"no memory for the scratch of a product of {x_MK.shape[0]} tokens and {K} features")
+            raise MemoryError(f"no memory for the scratch of a product of {M} tokens and {K} features")
         _check_parallel(-1)
     return y
 
