@@ -1,9 +1,9 @@
-"""From masked `nn.Linear` layers to packed ones that run fast, and back, bit for bit."""
+"""From masked `nn.Linear` layers to packed ones that run fast, and back: bit for bit where the format is lossless."""
 
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -40,6 +40,7 @@ def pack_(
     backend: str = "auto",
     *,
     layers: Collection[str] | None = None,
+    scales: Mapping[str, Tensor] | None = None,
     progress: bool = False,
 ) -> nn.Module:
     """Replace every `nn.Linear` whose weight obeys a packed format by a `SparseLinear`; return the same model.
@@ -50,9 +51,12 @@ def pack_(
     Args:
         model: any module; layers inside are replaced, and a bare `nn.Linear` cannot be.
         format: a name in `FORMATS`, which every sparse layer must then obey; or "auto", which packs the layers that
-            fit one and leaves the others dense.
+            fit a lossless one and leaves the others dense. The quantised ones round the weights, and are never taken
+            unasked.
         backend: a name in `BACKENDS`, or "auto" for the best that runs on the layer's device.
         layers: qualified names of the only layers to pack; None for all that fit.
+        scales: layer name -> the grid its weight was rounded to while it was pruned (`Plan.scales`), for a quantised
+            format; the layers not in it are rounded to nearest on scales of their own.
         progress: show a bar.
     Warns where layers with many zeros fit no format, and where nothing faster than the reference runs.
 
@@ -83,7 +87,7 @@ def pack_(
         with progress_bar("packing", len(chosen), progress) as bar:
             for name, layer_format in chosen.items():
                 bar.advance(0, name)
-                _pack_layer(model, name, layer_format, backend, replaced)
+                _pack_layer(model, name, layer_format, backend, (scales or {}).get(name), replaced)
                 bar.advance()
         describe_packed_(model)
     except BaseException:
@@ -104,10 +108,12 @@ class _Replaced:
     sparse: SparseLinear
 
 
-def _pack_layer(model: nn.Module, name: str, format: str, backend: str, replaced: list[_Replaced]) -> None:
+def _pack_layer(
+    model: nn.Module, name: str, format: str, backend: str, scales: Tensor | None, replaced: list[_Replaced]
+) -> None:
     layer = model.get_submodule(name)
     try:
-        sparse = SparseLinear.from_linear(layer, format, backend)
+        sparse = SparseLinear.from_linear(layer, format, backend, scales)
     except (PatternError, NonFiniteError, Unsupported) as error:
         raise type(error)(f"{name}: {error}") from None
     replaced.append(_Replaced(name, weakref.ref(layer), weakref.ref(layer.get_parameter("weight")), sparse))
@@ -166,7 +172,7 @@ def _choose(model: nn.Module, format: str, wanted: Collection[str] | None) -> tu
         weight = weight_of(layer)
         if not bool(torch.isfinite(weight).all()):
             raise NonFiniteError(f"{name}: the weight holds NaN or infinity: mend it before packing")
-        for format_name in FORMATS if format == "auto" else (format,):
+        for format_name in _lossless() if format == "auto" else (format,):
             kind = FORMATS.get(format_name)
             if weight.dtype not in kind.dtypes:
                 refused[name] = f"{format_name} does not hold {weight.dtype}"
@@ -184,6 +190,10 @@ def _choose(model: nn.Module, format: str, wanted: Collection[str] | None) -> tu
                     "again"
                 )
     return chosen, refused
+
+
+def _lossless() -> list[str]:
+    return [name for name, kind in FORMATS.items() if kind.lossless]
 
 
 def _speak_of_sparse_layers_left_dense(model: nn.Module, refused: dict[str, str], asked: bool) -> None:

@@ -4,11 +4,8 @@
 """
 
 # isort: off
-from sparsekit.backends.base import BACKENDS, Backend, resolve
-from sparsekit.backends.triton import TritonBackend
-from sparsekit.backends.cpu import CpuBackend
-from sparsekit.backends.cusparselt import CusparseltBackend
-from sparsekit.backends.reference import ReferenceBackend
+from sparsekit.backends.base import BACKENDS, Backend, Runner, resolve
+from sparsekit.backends import triton, cpu, cusparselt, reference  # noqa: F401
 # isort: on
 
-__all__ = ["BACKENDS", "Backend", "CpuBackend", "CusparseltBackend", "ReferenceBackend", "TritonBackend", "resolve"]
+__all__ = ["BACKENDS", "Backend", "Runner", "resolve"]

@@ -1,20 +1,20 @@
 """`cpu`: our C++ kernel, compiled on first use; AVX-512 BF16 down to portable code."""
 
+from collections.abc import Sequence
+
 import torch
 from sparsekit_kernels import cpu
+from sparsekit_kernels.layout24 import decompress24
 from torch import Tensor
 
-from sparsekit import ops
-from sparsekit.backends.base import BACKENDS, Backend
+from sparsekit.backends.base import BACKENDS, Backend, Runner
 from sparsekit.formats import PackedWeight, WeightSpec
 
 
-class CpuBackend(Backend):
-    name = "cpu"
+class Semi24Runner(Runner):
+    format = "semi24"
 
     def why_not(self, spec: WeightSpec, device: torch.device) -> str | None:
-        if spec.format != "semi24":
-            return f"it has no path for format {spec.format!r}"
         if device.type != "cpu":
             return f"it runs on the CPU, the weight is on {device}"
         return cpu.why_not(spec.dtype)
@@ -27,16 +27,16 @@ class CpuBackend(Backend):
         values, meta = cpu.restore(blocks, masks, spec.out_features)
         return PackedWeight(spec, {"values": values, "meta": meta})
 
-    def linear(self, x: Tensor, prepared: tuple[Tensor, ...], bias: Tensor | None, spec: WeightSpec) -> Tensor:
+    def linear(self, x: Tensor, prepared: Sequence[Tensor], bias: Tensor | None, N: int, K: int) -> Tensor:
         blocks, masks = prepared
-        return ops.linear24_cpu(x, blocks, masks, bias, spec.out_features, spec.in_features)
+        return cpu.spmm24(x, blocks, masks, N, bias)
 
-    def to_dense(self, spec: WeightSpec, prepared: tuple[Tensor, ...]) -> Tensor:
-        first, second = prepared
-        return ops.dense24_cpu(first, second, spec.out_features, spec.in_features)
+    def dense(self, prepared: Sequence[Tensor], N: int, K: int, dtype: torch.dtype) -> Tensor:
+        blocks, masks = prepared
+        return decompress24(*cpu.restore(blocks, masks, N), K)
 
     def kernel(self, spec: WeightSpec, num_tokens: int) -> str:
         return f"spmm24, {cpu.isa()}"
 
 
-BACKENDS.register("cpu", CpuBackend())
+BACKENDS.register("cpu", Backend("cpu", [Semi24Runner()]))

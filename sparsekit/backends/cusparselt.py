@@ -3,21 +3,21 @@
 By name only in practice: `auto` asks `triton` first, which serves small and large M from one copy of the weight.
 """
 
+from collections.abc import Sequence
+
 import torch
 from sparsekit_kernels import cusparselt
+from sparsekit_kernels.layout24 import decompress24
 from torch import Tensor
 
-from sparsekit import ops
-from sparsekit.backends.base import BACKENDS, Backend
+from sparsekit.backends.base import BACKENDS, Backend, Runner
 from sparsekit.formats import PackedWeight, WeightSpec
 
 
-class CusparseltBackend(Backend):
-    name = "cusparselt"
+class Semi24Runner(Runner):
+    format = "semi24"
 
     def why_not(self, spec: WeightSpec, device: torch.device) -> str | None:
-        if spec.format != "semi24":
-            return f"it has no path for format {spec.format!r}"
         return cusparselt.why_not(spec.dtype, spec.out_features, spec.in_features, device)
 
     def prepare(self, packed: PackedWeight) -> tuple[Tensor, ...]:
@@ -27,14 +27,14 @@ class CusparseltBackend(Backend):
         values, meta = cusparselt.restore(prepared[0], spec.out_features, spec.in_features)
         return PackedWeight(spec, {"values": values, "meta": meta})
 
-    def linear(self, x: Tensor, prepared: tuple[Tensor, ...], bias: Tensor | None, spec: WeightSpec) -> Tensor:
-        return ops.linear24_cusparselt(x, prepared[0], None, bias, spec.out_features, spec.in_features)
+    def linear(self, x: Tensor, prepared: Sequence[Tensor], bias: Tensor | None, N: int, K: int) -> Tensor:
+        return cusparselt.spmm24(x, prepared[0], N, K, bias)
+
+    def dense(self, prepared: Sequence[Tensor], N: int, K: int, dtype: torch.dtype) -> Tensor:
+        return decompress24(*cusparselt.restore(prepared[0], N, K), K)
 
     def kernel(self, spec: WeightSpec, num_tokens: int) -> str:
         return "cuSPARSELt"
 
-    def to_dense(self, spec: WeightSpec, prepared: tuple[Tensor, ...]) -> Tensor:
-        return ops.dense24_cusparselt(prepared[0], None, spec.out_features, spec.in_features)
 
-
-BACKENDS.register("cusparselt", CusparseltBackend())
+BACKENDS.register("cusparselt", Backend("cusparselt", [Semi24Runner()]))

@@ -1,36 +1,39 @@
-"""`reference`: decompress and multiply, in plain torch. Runs anywhere; the truth for the other backends."""
+"""`reference`: unpack and multiply, in plain torch. Runs every format anywhere; the truth for the other backends."""
+
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from sparsekit import ops
-from sparsekit.backends.base import BACKENDS, Backend
-from sparsekit.formats import PackedWeight, WeightSpec
+from sparsekit.backends.base import BACKENDS, Backend, Runner
+from sparsekit.formats import FORMATS, PackedWeight, WeightSpec
 
 
-class ReferenceBackend(Backend):
-    name = "reference"
-    is_fallback = True
+class ReferenceRunner(Runner):
+    """The prepared tensors are the canonical ones."""
+
+    def __init__(self, format: str) -> None:
+        self.format = format
 
     def why_not(self, spec: WeightSpec, device: torch.device) -> str | None:
-        return None if spec.format == "semi24" else f"it has no path for format {spec.format!r}"
+        return None
 
     def prepare(self, packed: PackedWeight) -> tuple[Tensor, ...]:
-        return packed.tensors["values"], packed.tensors["meta"]
+        return tuple(packed.tensors.values())
 
     def restore(self, spec: WeightSpec, prepared: tuple[Tensor, ...]) -> PackedWeight:
-        return PackedWeight(spec, {"values": prepared[0], "meta": prepared[1]})
+        return PackedWeight(spec, dict(zip(FORMATS.get(spec.format).parts(spec), prepared, strict=True)))
 
-    def linear(self, x: Tensor, prepared: tuple[Tensor, ...], bias: Tensor | None, spec: WeightSpec) -> Tensor:
-        values, meta = prepared
-        return ops.linear24_reference(x, values, meta, bias, spec.out_features, spec.in_features)
+    def linear(self, x: Tensor, prepared: Sequence[Tensor], bias: Tensor | None, N: int, K: int) -> Tensor:
+        return F.linear(x, self.dense(prepared, N, K, x.dtype), bias)
+
+    def dense(self, prepared: Sequence[Tensor], N: int, K: int, dtype: torch.dtype) -> Tensor:
+        spec = WeightSpec(self.format, N, K, dtype)
+        return FORMATS.get(self.format).unpack(self.restore(spec, tuple(prepared)))
 
     def kernel(self, spec: WeightSpec, num_tokens: int) -> str:
-        return "decompress24, then torch's dense product"
-
-    def to_dense(self, spec: WeightSpec, prepared: tuple[Tensor, ...]) -> Tensor:
-        first, second = prepared
-        return ops.dense24_reference(first, second, spec.out_features, spec.in_features)
+        return "unpack, then torch's dense product"
 
 
-BACKENDS.register("reference", ReferenceBackend())
+BACKENDS.register("reference", Backend("reference", [ReferenceRunner(name) for name in FORMATS], is_fallback=True))

@@ -1,20 +1,30 @@
 """`triton`: our kernels on NVIDIA GPUs, straight from the canonical layout."""
 
+import functools
+from collections.abc import Sequence
+from types import ModuleType
+
 import torch
 from sparsekit_kernels import target
+from sparsekit_kernels.layout24 import decompress24
 from torch import Tensor
 
-from sparsekit import ops
-from sparsekit.backends.base import BACKENDS, Backend
+from sparsekit.backends.base import BACKENDS, Backend, Runner
 from sparsekit.formats import PackedWeight, WeightSpec
 
 
-class TritonBackend(Backend):
-    name = "triton"
+@functools.cache
+def _kernels(name: str) -> ModuleType:
+    """Import a kernel module when it first runs: a machine without Triton never asks."""
+    import importlib
+
+    return importlib.import_module(f"sparsekit_kernels.{name}")
+
+
+class Semi24Runner(Runner):
+    format = "semi24"
 
     def why_not(self, spec: WeightSpec, device: torch.device) -> str | None:
-        if spec.format != "semi24":
-            return f"it has no path for format {spec.format!r}"
         return target.why_not(device)
 
     def prepare(self, packed: PackedWeight) -> tuple[Tensor, ...]:
@@ -23,18 +33,18 @@ class TritonBackend(Backend):
     def restore(self, spec: WeightSpec, prepared: tuple[Tensor, ...]) -> PackedWeight:
         return PackedWeight(spec, {"values": prepared[0], "meta": prepared[1]})
 
-    def linear(self, x: Tensor, prepared: tuple[Tensor, ...], bias: Tensor | None, spec: WeightSpec) -> Tensor:
+    def linear(self, x: Tensor, prepared: Sequence[Tensor], bias: Tensor | None, N: int, K: int) -> Tensor:
         values, meta = prepared
-        return ops.linear24_triton(x, values, meta, bias, spec.out_features, spec.in_features)
+        return _kernels("spmm24").spmm24(x, values, meta, bias)
+
+    def dense(self, prepared: Sequence[Tensor], N: int, K: int, dtype: torch.dtype) -> Tensor:
+        values, meta = prepared
+        return decompress24(values, meta, K)
 
     def kernel(self, spec: WeightSpec, num_tokens: int) -> str:
         from sparsekit_kernels.spmm24 import DENSE_ABOVE
 
         return "spmm24" if num_tokens <= DENSE_ABOVE else "decompress24, then torch's dense product"
 
-    def to_dense(self, spec: WeightSpec, prepared: tuple[Tensor, ...]) -> Tensor:
-        first, second = prepared
-        return ops.dense24_triton(first, second, spec.out_features, spec.in_features)
 
-
-BACKENDS.register("triton", TritonBackend())
+BACKENDS.register("triton", Backend("triton", [Semi24Runner()]))

@@ -1,11 +1,12 @@
 """What every format offers."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from sparsekit.errors import CheckpointError
 from sparsekit.registry import Registry
 
 LAYOUT_VERSION = 1
@@ -20,7 +21,7 @@ class WeightSpec:
         format: name in `FORMATS`.
         out_features: N.
         in_features: K, without padding.
-        dtype: of the dense weight.
+        dtype: of the dense weight, and of x and y.
     """
 
     format: str
@@ -55,10 +56,16 @@ class PackedWeight:
 
 
 class Format(ABC):
-    """One canonical layout. `unpack(pack(w))` equals `w`, and equal weights pack to equal bytes."""
+    """One canonical layout.
+
+    A lossless one gives back what it was given: `unpack(pack(w))` equals `w`, and equal weights pack to equal bytes.
+    A quantised one rounds when it packs, and from then on is exact: packing what it unpacks, on the same `scales`,
+    gives the same dense weight.
+    """
 
     name: str
     dtypes: tuple[torch.dtype, ...]
+    lossless: bool = True
 
     @abstractmethod
     def parts(self, spec: WeightSpec) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -69,12 +76,16 @@ class Format(ABC):
         """Return (units of `w_NK` that this format cannot hold, units in all)."""
 
     @abstractmethod
-    def pack(self, w_NK: Tensor) -> PackedWeight:
+    def pack(self, w_NK: Tensor, scales: Tensor | None = None) -> PackedWeight:
         """Return the weight in this layout.
 
+        Args:
+            w_NK: the dense weight.
+            scales: the grid a quantised format shall round to; None lets it choose.
         Raises:
             PatternError: some units cannot be held; the message has their number.
             Unsupported: the dtype is not one of `dtypes`.
+            ValueError: `scales` do not fit the weight, or the format has none.
         """
 
     @abstractmethod
@@ -82,8 +93,33 @@ class Format(ABC):
         """Return the dense weight [N, K], the exact inverse of `pack`."""
 
     @abstractmethod
+    def cast(self, packed: PackedWeight, dtype: torch.dtype) -> PackedWeight:
+        """Return the weight with another dtype of its dense values; on the meta device too."""
+
+    @abstractmethod
     def validate(self, packed: PackedWeight) -> None:
         """Raise CheckpointError if shapes, dtypes or contents cannot have come from `pack`."""
+
+    def check_parts(self, packed: PackedWeight) -> None:
+        """Raise CheckpointError if the shape or dtype of a part is not that of `parts`."""
+        for name, (shape, dtype) in self.parts(packed.spec).items():
+            tensor = packed.tensors[name]
+            if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+                raise CheckpointError(
+                    f"{name} is {tensor.dtype} {tuple(tensor.shape)}, {packed.spec} needs {dtype} {shape}: "
+                    "the checkpoint does not belong to this model"
+                )
+
+    def empty(self, spec: WeightSpec, device: torch.device | str | None = None) -> PackedWeight:
+        """Return unwritten tensors for a weight of this spec."""
+        parts = self.parts(spec).items()
+        return PackedWeight(
+            spec, {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in parts}
+        )
+
+
+def with_dtype(spec: WeightSpec, dtype: torch.dtype) -> WeightSpec:
+    return replace(spec, dtype=dtype)
 
 
 FORMATS: Registry[Format] = Registry("format")

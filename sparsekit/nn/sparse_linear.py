@@ -10,6 +10,7 @@ from torch import Tensor
 from sparsekit.backends import BACKENDS, resolve
 from sparsekit.errors import CheckpointError, NonFiniteError, Unsupported
 from sparsekit.formats import FORMATS, PackedWeight, WeightSpec
+from sparsekit.formats.base import with_dtype
 
 
 class SparseLinear(nn.Linear):
@@ -65,9 +66,12 @@ class SparseLinear(nn.Linear):
         format: str = "semi24",
         backend: str = "auto",
         source: str = "Linear",
+        scales: Tensor | None = None,
     ) -> "SparseLinear":
         """Return a layer, ready to run, for a weight that obeys the format's pattern.
 
+        Args:
+            scales: the grid of a quantised format; None lets the format choose.
         Raises:
             PatternError: it does not; the message says in how many groups.
             NonFiniteError: it holds NaN or infinity.
@@ -75,7 +79,7 @@ class SparseLinear(nn.Linear):
         """
         if not bool(torch.isfinite(w_NK).all()):
             raise NonFiniteError("the weight holds NaN or infinity: mend it before packing")
-        packed = FORMATS.get(format).pack(w_NK.detach())
+        packed = FORMATS.get(format).pack(w_NK.detach(), scales)
         resolve(backend, packed.spec, w_NK.device)
         layer = cls(packed.spec, bias=False, backend=backend, source=source, device="meta")
         layer._set_canonical(packed)
@@ -85,12 +89,15 @@ class SparseLinear(nn.Linear):
         return layer
 
     @classmethod
-    def from_linear(cls, linear: nn.Module, format: str = "semi24", backend: str = "auto") -> "SparseLinear":
+    def from_linear(
+        cls, linear: nn.Module, format: str = "semi24", backend: str = "auto", scales: Tensor | None = None
+    ) -> "SparseLinear":
         """Return the packed equal of an `nn.Linear` or a transformers `Conv1D`; raises as `from_dense`."""
         source = "Conv1D" if type(linear).__name__ == "Conv1D" else "Linear"
         weight = cast(Tensor, linear.weight).detach()
         w_NK = weight.t() if source == "Conv1D" else weight
-        layer = cls.from_dense(w_NK, cast(Tensor | None, linear.bias), format=format, backend=backend, source=source)
+        bias = cast(Tensor | None, linear.bias)
+        layer = cls.from_dense(w_NK, bias, format=format, backend=backend, source=source, scales=scales)
         layer.dense_requires_grad = cast(Tensor, linear.weight).requires_grad
         return layer.train(linear.training)
 
@@ -135,7 +142,7 @@ class SparseLinear(nn.Linear):
         return PackedWeight(self.spec, {name: cast(Tensor, self._buffers[name]) for name in parts})
 
     def to_dense(self) -> Tensor:
-        """Return the dense weight [N, K], bit for bit what was packed (with +0.0 for -0.0)."""
+        """Return the dense weight [N, K]: bit for bit what was packed, or what it was rounded to; +0.0 for -0.0."""
         if self.is_prepared:
             return BACKENDS.get(self.backend).to_dense(self.spec, self.prepared)
         return FORMATS.get(self.spec.format).unpack(self.packed())
@@ -209,28 +216,23 @@ class SparseLinear(nn.Linear):
         probe = torch.empty(0, dtype=self.spec.dtype, device=self._device())
         moved = fn(probe)
 
-        def convert(tensor: Tensor) -> Tensor:
-            """`fn`, but for indices, which `module.type(dtype)` would make floats."""
-            new = fn(tensor)
-            return new if tensor.is_floating_point() or new.dtype == tensor.dtype else tensor.to(new.device)
-
         if moved.device == probe.device and moved.dtype == probe.dtype:
-            super()._apply(convert, recurse)
+            super()._apply(lambda tensor: _moved(fn, tensor), recurse)
             return self
-        was_prepared = self.is_prepared
-        spec = WeightSpec(self.format, self.out_features, self.in_features, moved.dtype)
+        spec = with_dtype(self.spec, moved.dtype)
         if moved.dtype not in FORMATS.get(self.format).dtypes:
             raise Unsupported(f"{self.format} does not hold {moved.dtype}: call sparsekit.unpack_(model) first")
+        was_prepared = self.is_prepared
         if was_prepared and moved.device.type != "meta":
             resolve(self.requested_backend, spec, moved.device)  # raises before anything has changed
-            self._set_canonical(self.packed())
-        elif was_prepared:
-            self._set_canonical(self.packed())
-        super()._apply(convert, recurse)
+        there = {name: _moved(fn, tensor) for name, tensor in self.packed().tensors.items()}
+        packed = PackedWeight(self.spec, {name: tensor.to(moved.device) for name, tensor in there.items()})
         if moved.dtype != probe.dtype:
-            self.spec = spec
-            if moved.device.type != "meta":  # a narrower dtype may have turned small values into zeros
-                self._set_canonical(FORMATS.get(self.format).pack(self.to_dense()))
+            packed = FORMATS.get(self.format).cast(packed, moved.dtype)
+        for name in self._buffers:
+            self._buffers[name] = None
+        super()._apply(fn, recurse)
+        self._set_canonical(packed)
         return self.prepare_() if was_prepared else self
 
     def _device(self) -> torch.device:
@@ -279,6 +281,12 @@ class SparseLinear(nn.Linear):
             self.bias = bias
             with torch.no_grad():
                 bias.copy_(bias_values)
+
+
+def _moved(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """`fn(tensor)`, but for a change of dtype: of indices, quantised values and scales it would make something else."""
+    new = fn(tensor)
+    return new if new.dtype == tensor.dtype else tensor.to(new.device)
 
 
 class _ReadOnlyWeight(Tensor):

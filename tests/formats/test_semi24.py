@@ -295,7 +295,12 @@ class TestContract:
             assert kind.count_violations(w)[0] == 0
             packed = kind.pack(w)
             kind.validate(packed)
-            assert packed.spec.format == name and torch.equal(kind.unpack(packed), w)
+            assert packed.spec.format == name
+            if kind.lossless:
+                assert torch.equal(kind.unpack(packed), w)
+            else:
+                again = kind.pack(kind.unpack(packed), packed.tensors["scales"])
+                assert torch.equal(kind.unpack(again), kind.unpack(packed))
             assert all(tensor.is_contiguous() for tensor in packed.tensors.values())
 
     @pytest.mark.parametrize("name", list(FORMATS))
@@ -305,5 +310,5 @@ class TestContract:
             assert any(backend.why_not(spec, torch.device("cpu")) is None for _, backend in BACKENDS.items())
 
     def test_unknown(self):
-        with pytest.raises(ValueError, match="unknown format 'semi-24': known are 'semi24'. Did you mean 'semi24'"):
+        with pytest.raises(ValueError, match="unknown format 'semi-24': known are 'semi24', .* Did you mean 'semi24'"):
             FORMATS.get("semi-24")

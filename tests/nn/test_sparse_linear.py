@@ -364,7 +364,7 @@ class TestCompilers:
         tokens = torch.export.Dim("tokens", min=2, max=512)
         program = torch.export.export(model, (x,), dynamic_shapes=({0: tokens},))
         calls = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
-        assert f"sparsekit.linear24_{backend}.default" in calls
+        assert f"sparsekit.linear_semi24_{backend}.default" in calls
         for M in (4, 9):
             x = input_of(M, K)
             torch.testing.assert_close(program.module()(x), model(x))
@@ -391,10 +391,10 @@ class TestCompilers:
         x = input_of(3, K)
         with torch.no_grad(), Mode():
             layer(x)
-        assert "sparsekit.linear24_reference.default" in seen
+        assert "sparsekit.linear_semi24_reference.default" in seen
         with torch.no_grad(), torch.profiler.profile() as profile:
             layer(x)
-        assert any(event.key == "sparsekit::linear24_reference" for event in profile.key_averages())
+        assert any(event.key == "sparsekit::linear_semi24_reference" for event in profile.key_averages())
 
 
 class TestAutocast:
