@@ -176,7 +176,7 @@ def test_search24_keeps_the_two_largest(N, K, dtype):
 @runs
 @pytest.mark.parametrize("score_dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("N,K", [(3, 5), (2, 7), (4, 63), (5, 1027)])
+@pytest.mark.parametrize("N,K", [(3, 5), (9, 6), (2, 7), (4, 63), (5, 1027)])
 def test_search24_by_given_scores(N, K, dtype, score_dtype):
     w, scores = ugly(N, K, dtype), ugly(N, K, torch.float32 if score_dtype == torch.float64 else score_dtype, seed=3)
     scores = scores.to(score_dtype)
