@@ -21,12 +21,14 @@ from pathlib import Path
 SOURCE_DIR = Path(__file__).parent / "csrc"
 FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-exceptions -fno-rtti -w".split()
 _AVX512 = "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl".split()
-UNITS: dict[str, list[str]] = {"api": [], "layout": [], "portable": []}
+UNITS: dict[str, list[str]] = {"api": [], "layout": [], "portable": [], "quantised_portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
     UNITS |= {
         "avx2": ["-mavx2", "-mfma"],
         "avx512": _AVX512,
         "avx512_bf16": [*_AVX512, "-mavx512vbmi2", "-mavx512bf16"],
+        "quantised_avx2": ["-mavx2", "-mfma"],
+        "quantised_avx512_vnni": [*_AVX512, "-mavx512vbmi2", "-mavx512vnni"],
     }
 
 

@@ -7,7 +7,7 @@ namespace {
 #include "driver.h"
 #include "positions.h"
 
-constexpr Positions positions;
+constexpr Positions<0, 4> positions;
 
 template <class V>
 struct Fp32Of {

@@ -14,26 +14,8 @@
 // of threads or the tile: results do not depend on them.
 #pragma once
 
-#define INLINE inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16")
+#include "schedule.h"
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-
-INLINE float widen(float v) { return v; }
-INLINE float widen(uint16_t bits) {
-    uint32_t wide = (uint32_t)bits << 16;
-    float v;
-    memcpy(&v, &wide, 4);
-    return v;
-}
-INLINE void narrow(float v, float* out) { *out = v; }
-INLINE void narrow(float v, uint16_t* out) {  // to nearest even; NaN stays NaN
-    uint32_t bits;
-    memcpy(&bits, &v, 4);
-    uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
-    *out = (uint16_t)((bits & 0x7FFFFFFF) > 0x7F800000 ? (bits >> 16 | 0x40) : rounded);
-}
 INLINE void narrow_x(float v, float* out) { *out = v; }
 INLINE void narrow_x(uint16_t v, float* out) { *out = widen(v); }
 INLINE void narrow_x(uint16_t v, uint16_t* out) { *out = v; }
@@ -107,24 +89,25 @@ struct Dispatch<Arch, 0, UNITS> {
     static void run(const Tile<Arch>&, int, Source) {}
 };
 
-// One block of tokens: cut evenly into tiles, with x packed strip by strip and, in a strip, tile by tile.
+// x is packed strip by strip and, in a strip, tile by tile.
 template <class Arch>
-struct Run {
+struct Spmm24Of : Schedule {
     using X = typename Arch::X;
     using Value = typename Arch::Value;
 
+    static constexpr int64_t MAX_TOKENS = Arch::MAX_TOKENS, STRIP = Arch::STRIP / 4, TOKEN_BLOCK = Arch::TOKEN_BLOCK;
+    static constexpr int64_t SLAB_ROWS = Arch::UNITS * Arch::ROWS;
     static constexpr int UNITS_PER_BLOCK = BLOCK_ROWS / Arch::ROWS;
 
-    const Problem& p;
-    int64_t m_begin, num_tokens, num_tiles, groups, strip, num_units;
-    X* x;
-    volatile bool out_of_memory;
+    explicit Spmm24Of(const Problem& problem) : Schedule(problem) {}
 
-    int64_t tile_begin(int64_t i) const { return i * (num_tokens / num_tiles) + min_of(i, num_tokens % num_tiles); }
+    int64_t bytes_of_x(int64_t tokens) const { return tokens * groups * 4 * (int64_t)sizeof(X); }
+    size_t panel_bytes() const { return num_tiles > 1 ? strip * Arch::UNITS * sizeof(typename Arch::Weights) : 0; }
+    size_t scratch_bytes() const { return panel_bytes() + num_tokens * Arch::UNITS * sizeof(typename Arch::Sums); }
 
     void pack(int64_t g_begin, int64_t tile) const {
         const int64_t g_end = min_of(g_begin + strip, groups), begin = tile_begin(tile), tokens = tile_begin(tile + 1) - begin;
-        X* out = x + (g_begin * num_tokens + begin * (g_end - g_begin)) * 4;
+        X* out = (X*)x + (g_begin * num_tokens + begin * (g_end - g_begin)) * 4;
         for (int64_t m = 0; m < tokens; m++) {
             const Value* in = (const Value*)p.x + (m_begin + begin + m) * p.stride_xm;
             int64_t g = g_begin;
@@ -170,10 +153,10 @@ struct Run {
     }
 
     template <int UNITS>
-    void slab(int64_t unit, typename Arch::Weights* panel, typename Arch::Sums* sums) const {
+    void units(int64_t unit, typename Arch::Weights* panel, typename Arch::Sums* sums) const {
         Tile<Arch> t;
         t.panel = panel;
-        for (int64_t g = 0; g < groups; g += strip) {
+        for (int64_t g = 0; g == 0 || g < groups; g += strip) {
             t.groups = min_of(strip, groups - g);
             t.first = g == 0;
             const bool ends = g + t.groups == groups;
@@ -185,7 +168,7 @@ struct Run {
             }
             for (int64_t i = 0; i < num_tiles; i++) {
                 const int64_t begin = tile_begin(i);
-                t.x = x + (g * num_tokens + begin * t.groups) * 4;
+                t.x = (const X*)x + (g * num_tokens + begin * t.groups) * 4;
                 t.sums = sums + begin * UNITS;
                 const Source source = num_tiles == 1 ? EXPAND : i == 0 ? EXPAND_AND_STORE : i == 1 ? PANEL_AND_PREFETCH : PANEL;
                 Dispatch<Arch, Arch::MAX_TOKENS, UNITS>::run(t, (int)(tile_begin(i + 1) - begin), source);
@@ -194,63 +177,18 @@ struct Run {
         finish<UNITS>(unit, sums);
     }
 
-    void slabs(int64_t begin, int64_t end) {
-        const size_t panel_bytes = num_tiles > 1 ? strip * Arch::UNITS * sizeof(typename Arch::Weights) : 0;
-        const size_t sums_bytes = num_tokens * Arch::UNITS * sizeof(typename Arch::Sums);
-        void* scratch = nullptr;
-        if (posix_memalign(&scratch, 64, panel_bytes + sums_bytes)) {
-            out_of_memory = true;
-            return;
-        }
+    void slab(int64_t s, void* scratch) const {
         auto* panel = (typename Arch::Weights*)scratch;
-        auto* sums = (typename Arch::Sums*)((char*)scratch + panel_bytes);
-        for (int64_t s = begin; s < end; s++) {
-            int64_t unit = s * Arch::UNITS;
-            if (unit + Arch::UNITS <= num_units) {
-                slab<Arch::UNITS>(unit, panel, sums);
-            } else {
-                for (; unit < num_units; unit++) slab<1>(unit, panel, sums);
-            }
-        }
-        free(scratch);
+        auto* sums = (typename Arch::Sums*)((char*)scratch + panel_bytes());
+        const int64_t num_units = ceil_div(p.N, Arch::ROWS);
+        int64_t unit = s * Arch::UNITS;
+        if (unit + Arch::UNITS <= num_units) return units<Arch::UNITS>(unit, panel, sums);
+        for (; unit < num_units; unit++) units<1>(unit, panel, sums);
     }
 };
 
 template <class Arch>
 int spmm24(const Problem& p) {
-    constexpr int64_t X_BYTES = 8 << 20;  // fp32 M=512 K=14336: 1.6 times 32 MB (one core of an EPYC, Zen 4)
-    constexpr int64_t SMALL_JOB = 1 << 17;  // multiplications that one thread does sooner than it wakes another
-    const int64_t groups = ceil_div(p.K, 8) * 2;
-    if (p.M == 0 || p.N == 0) return 0;
-    // The packed x of a block is read once for every slab: it should stay in the last cache beside the weights.
-    const int64_t fit = X_BYTES / (groups * 4 * (int64_t)sizeof(typename Arch::X));
-    const int64_t most_tokens = fit < 96 ? 96 : min_of(fit, Arch::TOKEN_BLOCK);
-    const int64_t num_token_blocks = ceil_div(p.M, most_tokens), token_block = ceil_div(p.M, num_token_blocks);
-    void* packed = nullptr;
-    if (posix_memalign(&packed, 64, (size_t)(token_block * groups * 4) * sizeof(typename Arch::X))) return 1;
-    int status = 0;
-    for (int64_t m = 0; m < p.M && !status; m += token_block) {
-        const int64_t tokens = min_of(token_block, p.M - m);
-        Run<Arch> run{p, m, tokens, 0, groups, 0, 0, (typename Arch::X*)packed, false};
-        run.num_tiles = ceil_div(tokens, Arch::MAX_TOKENS);
-        run.strip = run.num_tiles > 1 ? min_of(Arch::STRIP / 4, groups) : groups;
-        run.num_units = ceil_div(p.N, Arch::ROWS);
-        const int64_t num_packs = ceil_div(groups, run.strip) * run.num_tiles;
-        auto pack = [](int64_t begin, int64_t end, void* context) {
-            auto& r = *(Run<Arch>*)context;
-            for (int64_t i = begin; i < end; i++) r.pack(i / r.num_tiles * r.strip, i % r.num_tiles);
-        };
-        if (tokens * groups * 4 < SMALL_JOB || num_packs == 1) {
-            pack(0, num_packs, &run);
-        } else if (p.parallel_for(0, num_packs, 1, pack, &run)) {
-            status = 2;
-        }
-        auto multiply = [](int64_t begin, int64_t end, void* context) { ((Run<Arch>*)context)->slabs(begin, end); };
-        const int64_t num_slabs = ceil_div(run.num_units, Arch::UNITS);
-        const int64_t per_slab = tokens * groups * 4 * Arch::UNITS * Arch::ROWS;
-        if (!status && p.parallel_for(0, num_slabs, ceil_div(SMALL_JOB, per_slab), multiply, &run)) status = 2;
-        if (!status && run.out_of_memory) status = 1;
-    }
-    free(packed);
-    return status;
+    Spmm24Of<Arch> kernel(p);
+    return run(kernel);
 }

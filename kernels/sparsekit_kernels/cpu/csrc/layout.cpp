@@ -1,5 +1,6 @@
-// Between the canonical layout (layout24.py), the dense weight and the blocks of spmm24.h. Exact, and at memory speed.
-#include "spmm24.h"
+// Between the canonical layout (layout24.py), the dense weight and the blocks of spmm24.h and quantised.h. Exact, and at
+// memory speed.
+#include "quantised.h"
 
 namespace {
 
@@ -128,6 +129,75 @@ void compress_rows(int64_t begin, int64_t end, void* context) {
     if (bad) __atomic_fetch_add(&job.bad, bad, __ATOMIC_RELAXED);
 }
 
+// The kept pair of a group, with its offset, into its place in a block of 32 rows; and back.
+template <int BITS>
+void store_pair(uint8_t* block, int row, const uint8_t* pair) {
+    if (BITS == 8) {
+        for (int i = 0; i < 2; i++) block[row * 2 + i] = pair[i] ^ 0x80;
+    } else {
+        for (int i = 0; i < 2; i++) block[row % 16 * 2 + i] |= ((*pair >> 4 * i & 15) ^ 8) << row / 16 * 4;
+    }
+}
+template <int BITS>
+void load_pair(const uint8_t* block, int row, uint8_t* pair) {
+    if (BITS == 8) {
+        for (int i = 0; i < 2; i++) pair[i] = block[row * 2 + i] ^ 0x80;
+    } else {
+        const uint8_t* both = block + row % 16 * 2;
+        const int shift = row / 16 * 4;
+        *pair = (uint8_t)(((both[0] >> shift & 15) ^ 8) | ((both[1] >> shift & 15) ^ 8) << 4);
+    }
+}
+
+template <int BITS>
+void prepare_quantised(int64_t begin, int64_t end, void* context) {
+    auto& job = *(Job*)context;
+    constexpr int PAIR_BYTES = BITS / 4, BLOCK_BYTES = QUANTISED_ROWS * PAIR_BYTES;
+    const int64_t groups = (job.K + 7) / 8 * 2;
+    const uint8_t zeros[2] = {};
+    int64_t bad = 0;
+    for (int64_t b = begin; b < end; b++) {
+        uint8_t* out = (uint8_t*)job.block_values + b * groups * BLOCK_BYTES;
+        uint64_t* masks = (uint64_t*)job.masks + b * groups * 2;
+        memset(out, 0, groups * BLOCK_BYTES);
+        memset(masks, 0, groups * 2 * sizeof(uint64_t));
+        for (int r = 0; r < QUANTISED_ROWS; r++) {
+            const int64_t n = b * QUANTISED_ROWS + r;
+            const int half = r / 16, shift = r % 16 * 4;
+            const uint8_t* in = (const uint8_t*)job.values + n * groups * PAIR_BYTES;
+            const uint8_t* meta = (const uint8_t*)job.meta + n * (groups / 2);
+            for (int64_t g = 0; g < groups; g++) {
+                uint64_t mask = 3;  // rows that only fill the last block: zeros, in the first two columns
+                if (n < job.N) mask = nibbles.mask_of[meta[g / 2] >> g % 2 * 4 & 15];
+                bad += mask == 0;
+                store_pair<BITS>(out + g * BLOCK_BYTES, r, n < job.N ? in + g * PAIR_BYTES : zeros);
+                masks[g * 2 + half] |= mask << shift;
+            }
+        }
+    }
+    if (bad) __atomic_fetch_add(&job.bad, bad, __ATOMIC_RELAXED);
+}
+
+template <int BITS>
+void restore_quantised(int64_t begin, int64_t end, void* context) {
+    auto& job = *(Job*)context;
+    constexpr int PAIR_BYTES = BITS / 4, BLOCK_BYTES = QUANTISED_ROWS * PAIR_BYTES;
+    const int64_t groups = (job.K + 7) / 8 * 2;
+    for (int64_t n = begin; n < end; n++) {
+        const int64_t b = n / QUANTISED_ROWS;
+        const int r = n % QUANTISED_ROWS;
+        const uint8_t* in = (const uint8_t*)job.block_values + b * groups * BLOCK_BYTES;
+        const uint64_t* masks = (const uint64_t*)job.masks + b * groups * 2 + r / 16;
+        uint8_t* out = (uint8_t*)job.values + n * groups * PAIR_BYTES;
+        uint8_t* meta = (uint8_t*)job.meta + n * (groups / 2);
+        for (int64_t g = 0; g < groups; g++) {
+            load_pair<BITS>(in + g * BLOCK_BYTES, r, out + g * PAIR_BYTES);
+            const uint8_t nibble = nibbles.nibble_of[masks[g * 2] >> r % 16 * 4 & 15];
+            meta[g / 2] = (uint8_t)(g % 2 ? meta[g / 2] | nibble << 4 : nibble);
+        }
+    }
+}
+
 int64_t run(ParallelFor parallel_for, int64_t count, int64_t grain, ChunkFunc func, Job* job) {
     const int32_t error = parallel_for(0, count, grain, func, job);
     return error ? -1 : job->bad;
@@ -158,4 +228,17 @@ EXPORT int64_t sparsekit_compress24(int64_t value_bytes, void* dense, int64_t st
                                     int64_t K, ParallelFor parallel_for) {
     Job job{values, meta, dense, nullptr, N, K, stride, 0};
     return run(parallel_for, N, grain_of(K), value_bytes == 2 ? compress_rows<uint16_t> : compress_rows<uint32_t>, &job);
+}
+
+EXPORT int64_t sparsekit_prepare24_quantised(int64_t bits, void* values, void* meta, void* block_values, void* masks, int64_t N,
+                                             int64_t K, ParallelFor parallel_for) {
+    Job job{values, meta, block_values, masks, N, K, 0, 0};
+    return run(parallel_for, (N + QUANTISED_ROWS - 1) / QUANTISED_ROWS, grain_of(K * QUANTISED_ROWS),
+               bits == 8 ? prepare_quantised<8> : prepare_quantised<4>, &job);
+}
+
+EXPORT int64_t sparsekit_restore24_quantised(int64_t bits, void* values, void* meta, void* block_values, void* masks, int64_t N,
+                                             int64_t K, ParallelFor parallel_for) {
+    Job job{values, meta, block_values, masks, N, K, 0, 0};
+    return run(parallel_for, N, grain_of(K), bits == 8 ? restore_quantised<8> : restore_quantised<4>, &job);
 }

@@ -5,7 +5,7 @@ namespace {
 #include "driver.h"
 #include "positions.h"
 
-constexpr Positions positions;
+constexpr Positions<0, 4> positions;
 typedef float Float8 __attribute__((vector_size(32)));
 
 template <class V>

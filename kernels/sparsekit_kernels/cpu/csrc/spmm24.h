@@ -33,6 +33,7 @@ struct Problem {
     void* y;           // [M, N]
     int64_t M, N, K;
     ParallelFor parallel_for;
+    const void* scales;  // of a quantised weight, see quantised.h
 };
 
 // One per instruction set; 0 is success, 1 out of memory, 2 an error inside parallel_for.

@@ -1,0 +1,38 @@
+// The 2:4 weights of 8 and 4 bits: y = x @ W.T + bias, W[n, k] = q * scale.
+//
+// Blocks are 32 rows x 4 columns, that is two registers of 16 rows x 4 columns of one byte each:
+//
+//     masks  [N32][G][2] uint64      bit 4 r + c of a half says that its row r keeps column c;  N32 = ceil(N / 32)
+//     values [N32][G][32][2] uint8   8 bits: q + 128 of the kept pair of each row, ascending in k
+//            [N32][G][16][2] uint8   4 bits: q + 8; of row r in the low nibble, of row r + 16 in the high one
+//     scales [N] float32             8 bits: of each row
+//            [N32][B][32] bf16       4 bits: of each row and 128 columns;  B = ceil(K / 128)
+//
+// So 32 values and 64 bits of mask are a dense 16 x 4 tile: one `vpexpandb` makes it a register in which 32 bits belong
+// to one row, and `vpdpbusd` multiplies it by four x of a byte each, broadcast, into one integer sum a row. Values are
+// kept with their offset because that instruction wants unsigned bytes on one side; the offset fills the zeros of the
+// tile too, and offset * (sum of x) is what the sums start from, negated.
+//
+// x in fixed point. Each token's x are rounded to nearest in steps of 2^e, e for each 128 columns by their largest |x|,
+// to 16 bits for bf16 x and 24 bits for fp32 x, and cut into signed bytes ("planes"), each multiplied on its own. Sums
+// within 128 columns are exact integers; they are scaled and added up in fp32. With X the largest |x| of its 128 columns:
+//
+//     bf16   |x| >= X / 100 is exact, others are off by at most X / 2^15
+//     fp32   off by at most X / 2^23
+//
+// For comparison: rounding y to bf16 is off by up to |y| / 2^8. NaN and infinities are left out of the sums and added to y
+// afterwards, by the rules of a dense product. Steps are at least 2^-126: what is smaller than half of that is zero.
+#pragma once
+#include "spmm24.h"
+
+#define QUANTISED_ROWS 32
+#define SCALED_GROUPS 32  // of four columns: those that share a step of x, and a scale of W at 4 bits
+
+// One per instruction set; `bits` is 8 or 4, Problem.scales is set. 0 is success, 1 out of memory, 2 an error inside
+// parallel_for.
+typedef int (*Spmm24Quantised)(const Problem&, Dtype, int bits);
+int spmm24_quantised_portable(const Problem&, Dtype, int bits);
+#if defined(__x86_64__)
+int spmm24_quantised_avx2(const Problem&, Dtype, int bits);
+int spmm24_quantised_avx512_vnni(const Problem&, Dtype, int bits);
+#endif
