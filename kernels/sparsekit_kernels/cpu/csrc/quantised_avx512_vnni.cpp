@@ -6,12 +6,15 @@
 namespace {
 #include "quantised_driver.h"
 
+// Not __m512i, which the compiler copies on every use: the instruction wants 32-bit elements.
+typedef int32_t Ints __attribute__((vector_size(64)));
+
 template <int NUM_PLANES>
 struct Vnni {
     using X = int8_t;
     using Weights = __m512i;  // 16 rows x 4 columns
     using Inputs = __m512i;
-    using Sums = __m512i;
+    using Sums = Ints;
     using Totals = __m512;  // 16 rows
     static constexpr int ROWS = 16, UNITS = 2, PLANES = NUM_PLANES, MAX_TOKENS = 12 / NUM_PLANES;
     static constexpr int STRIP = 4096, TOKEN_BLOCK = 512, PREFETCH = 2048;
@@ -50,7 +53,7 @@ struct Vnni {
         return is_finite;
     }
 
-    static INLINE Sums start(int32_t value) { return _mm512_set1_epi32(value); }
+    static INLINE Sums start(int32_t value) { return (Ints)_mm512_set1_epi32(value); }
     template <int BITS>
     static INLINE Weights expand(const uint8_t* values, const uint8_t* masks, int64_t row) {
         __m256i pairs = _mm256_loadu_si256((const __m256i*)(BITS == 8 ? values + row * 2 : values));
@@ -63,12 +66,12 @@ struct Vnni {
         memcpy(&four, x, 4);
         return _mm512_set1_epi32(four);
     }
-    static INLINE Sums multiply_add(Sums sums, Weights w, Inputs x) { return _mm512_dpbusd_epi32(sums, w, x); }
+    static INLINE Sums multiply_add(Sums sums, Weights w, Inputs x) { return (Ints)_mm512_dpbusd_epi32((__m512i)sums, w, x); }
     static INLINE Totals scaled(Sums sums, float scale) {
-        return _mm512_mul_ps(_mm512_cvtepi32_ps(sums), _mm512_set1_ps(scale));
+        return _mm512_mul_ps(_mm512_cvtepi32_ps((__m512i)sums), _mm512_set1_ps(scale));
     }
     static INLINE Totals add_scaled(Totals total, Sums sums, float scale) {
-        return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), _mm512_set1_ps(scale), total);
+        return _mm512_fmadd_ps(_mm512_cvtepi32_ps((__m512i)sums), _mm512_set1_ps(scale), total);
     }
     static INLINE Totals row_scales(const uint16_t* scales) {
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)scales)), 16));

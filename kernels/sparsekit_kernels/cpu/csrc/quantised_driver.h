@@ -38,6 +38,7 @@ __attribute__((noinline)) void run_tile(const Tile<Arch>& t) {
     // Without a next strip the same line is asked for again and again, which costs nothing.
     const int64_t next_value_bytes = t.wants_next ? VALUE_BYTES : 0, next_mask_bytes = t.wants_next ? MASK_BYTES : 0;
     typename Arch::Weights* panel = t.panel;
+    const int64_t first_row = UNITS * Arch::ROWS == QUANTISED_ROWS ? 0 : t.first_row;  // mostly known to the compiler
     for (int64_t left = t.groups; left > 0; left -= SCALED_GROUPS) {
         typename Arch::Sums sums[VECTORS][UNITS];
         UNROLL for (int v = 0; v < VECTORS; v++) UNROLL for (int u = 0; u < UNITS; u++) sums[v][u] = Arch::start(steps[v].start);
@@ -45,7 +46,7 @@ __attribute__((noinline)) void run_tile(const Tile<Arch>& t) {
         for (int64_t g = 0; g < groups; g++) {
             typename Arch::Weights w[UNITS];
             UNROLL for (int u = 0; u < UNITS; u++) {
-                w[u] = SOURCE == PANEL ? panel[u] : Arch::template expand<BITS>(values, masks, t.first_row + u * Arch::ROWS);
+                w[u] = SOURCE == PANEL ? panel[u] : Arch::template expand<BITS>(values, masks, first_row + u * Arch::ROWS);
                 if (SOURCE == EXPAND_AND_STORE) panel[u] = w[u];
             }
             if (SOURCE == PANEL) {
@@ -68,7 +69,7 @@ __attribute__((noinline)) void run_tile(const Tile<Arch>& t) {
         }
         UNROLL for (int u = 0; u < UNITS; u++) {
             typename Arch::Totals row_scales;
-            if (BITS == 4) row_scales = Arch::row_scales(scales + t.first_row + u * Arch::ROWS);
+            if (BITS == 4) row_scales = Arch::row_scales(scales + first_row + u * Arch::ROWS);
             UNROLL for (int m = 0; m < TOKENS; m++) {
                 typename Arch::Totals sum = Arch::scaled(sums[m * PLANES][u], steps[m * PLANES].scale);
                 UNROLL for (int p = 1; p < PLANES; p++) {
