@@ -78,10 +78,11 @@ class _Compiled:
     def __init__(self, fn: Any, target: Any, backend: Any, kwargs: dict, bound: Any) -> None:
         import triton
         from triton.compiler import ASTSource
+        from triton.experimental.gluon._runtime import GluonASTSource
 
         values, specialization, options = bound
         options, signature, constants, attributes = fn._pack_args(backend, kwargs, values, specialization, options)
-        source = ASTSource(fn, signature, constants, attributes)
+        source = (GluonASTSource if fn.is_gluon() else ASTSource)(fn, signature, constants, attributes)
         self.kernel = triton.compile(source, target=target, options=options.__dict__)
         self.names = [name for name, kind in signature.items() if kind != "constexpr"]
 
@@ -153,13 +154,23 @@ def emulated(
     compiler_target = compile_for or capability[0] * 10 + capability[1]
     counts: Counter[str] = Counter()
 
-    def emulate(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+    class Again:
+        """What a launch returns: the kernel, to be launched again with all its arguments in their order."""
+
+        def __init__(self, fn: Any, options: dict[str, Any]) -> None:
+            self.fn, self.options = fn, options
+
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *args: emulate(self.fn, *args, grid=grid, warmup=False, **self.options)
+
+    def emulate(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Again:
         assert not warmup
         counts.update(
             launch(
                 self, grid, *args, capability=compiler_target, order=order, threads_at_once=threads_at_once, **kwargs
             )
         )
+        return Again(self, {name: value for name, value in kwargs.items() if name not in self.arg_names})
 
     answers = {
         "why_not": lambda device: None,

@@ -1,0 +1,530 @@
+"""y = x @ W.T with W kept 2:4, on the sparse tensor cores of sm_80 and newer, for few tokens.
+
+x [M, K] and y [M, N] are row-major, W lies in fragments (`fragments24`). W is the side of `mma.sp` that is sparse and
+has 16 rows, the tokens are its other side, eight to an instruction: padded there, in registers, and nowhere in memory.
+The weight is never expanded. A warp streams its fragments with 16-byte loads, once, and a group of four dense weights
+costs a few instructions (`tests/kernels/test_spmm24_mma.py` counts them), so that reading the weight is what takes the
+time: 9, 5, 5 or 3.125 bits for each dense weight of 16.
+
+Who does what. A block of WARPS_N x WARPS_K warps computes WARPS_N * ROW_TILES row tiles for TOKENS tokens. The
+WARPS_K warps of a row tile take its steps of 256 columns in turn, and are added at the end, in a fixed order. Tokens
+of one step are loaded once for ROW_TILES row tiles and by WARPS_N warps, from L1. With SPLIT_K > 1 the steps are also
+dealt to SPLIT_K blocks; their sums go through a workspace and a second small kernel adds them, in a fixed order too:
+the same call gives the same bits every time, with no counter or atomic that a CUDA graph would have to reset.
+
+How `mma.sp` gets in. `inline_asm_elementwise(pack=4)` gives a piece of PTX the four elements of each operand that a
+lane holds in neighbouring registers, so the layout has to be known. Triton chooses layouts itself, and not always the same,
+so this is Gluon, Triton's language in which layouts are written down. All operands of the loop are 1-D of 128 * warps
+elements: element i is register i % 4 of lane i // 4 % 32 of warp i // 128, which is what a 16-byte load gives.
+W is prefetched: the next chunks are loaded before the ones at hand are multiplied.
+
+Gated. With `activation="silu_mul"` the weight was prepared with `gated`, and y = SiLU(x @ gate.T) * (x @ up.T).
+"""
+
+# What Triton compiles takes Triton's values, which have no Python types, and tuples of them grow.
+# mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment"
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from sparsekit_kernels.fragments24 import CHUNKS, STEP_K, TILE_N, num_steps, num_tiles
+from sparsekit_kernels.target import capability, num_sms, why_not_cuda
+
+DTYPES = {torch.float16: "f16", torch.bfloat16: "bf16"}
+
+
+@triton.constexpr_function
+def _mma_sp(dtype, ordered, word, selector):
+    """PTX: $0-3 = W fragment $4-7 times x fragment $8-11, plus $12-15; the metadata is `word` of $16-19."""
+    order = "::ordered_metadata" if ordered else ""
+    return (
+        f"mma.sp{order}.sync.aligned.m16n8k32.row.col.f32.{dtype}.{dtype}.f32 "
+        f"{{$0,$1,$2,$3}}, {{$4,$5,$6,$7}}, {{$8,$9,$10,$11}}, {{$12,$13,$14,$15}}, ${16 + word}, {selector};"
+    )
+
+
+@triton.constexpr_function
+def _load_x(column, masked):
+    """PTX: $0-3 = the x fragment of 32 columns, of which a quad of lanes holds one token, two of every 8 a lane.
+
+    $4 is the address of the lane's first two columns of the step, and the fragment begins at `column` of the step. If
+    `masked`, $8 counts the columns of x from those first two on; what lies beyond is zero.
+    """
+    loads = [f"ld.global.nc.b32 ${r}, [$4+{2 * (column + 8 * r)}];" for r in range(4)]
+    if not masked:
+        return " ".join(loads)
+    guarded = [f"setp.gt.s32 p, $8, {column + 8 * r}; mov.b32 ${r}, 0; @p {loads[r]}" for r in range(4)]
+    return "{ .reg .pred p; " + " ".join(guarded) + " }"
+
+
+@triton.constexpr_function
+def _log2(n):
+    return n.bit_length() - 1
+
+
+@gluon.jit
+def _block(first_tile, step, num_tiles, num_steps):
+    """The place of (row tile, step) in the weight, an operand. Beyond the weight, its last row tile and its last step:
+    such rows are not stored, and x is zero there."""
+    return gl.minimum(first_tile, num_tiles - 1) * num_steps + gl.minimum(step, num_steps - 1)
+
+
+@gluon.jit
+def _load_metadata(metadata_ptr, first_tile, step, num_tiles, num_steps, ROW_TILES: gl.constexpr):
+    """A tuple: for each row tile the metadata of a step."""
+    i = gl.arange(0, first_tile.shape[0], first_tile.type.layout) % 128
+    metadata = ()
+    for r in gl.static_range(ROW_TILES):
+        address = metadata_ptr + _block(first_tile + r, step, num_tiles, num_steps) * 128 + i
+        metadata = metadata + (gl.load(address, eviction_policy="evict_first"),)
+    return metadata
+
+
+@gluon.jit
+def _load_chunks(
+    fragments_ptr, first_tile, step, num_tiles, num_steps,
+    FIRST: gl.constexpr, COUNT: gl.constexpr, NUM_CHUNKS: gl.constexpr, ROW_TILES: gl.constexpr,
+):  # fmt: skip
+    """A tuple: for each row tile COUNT chunks of a step, from chunk FIRST on."""
+    i = gl.arange(0, first_tile.shape[0], first_tile.type.layout) % 128
+    chunks = ()
+    for r in gl.static_range(ROW_TILES):
+        address = fragments_ptr + _block(first_tile + r, step, num_tiles, num_steps) * (NUM_CHUNKS * 128) + i
+        for c in gl.static_range(FIRST, FIRST + COUNT):
+            chunks = chunks + (gl.load(address + c * 128, eviction_policy="evict_first"),)
+    return chunks
+
+
+@gluon.jit
+def _multiply_columns(
+    sums, fragments, metadata, x_addresses, columns_left, c: gl.constexpr,
+    DTYPE: gl.constexpr, ORDERED: gl.constexpr, ROW_TILES: gl.constexpr, MASKED: gl.constexpr,
+):  # fmt: skip
+    """`sums` plus the product of the 32 columns number c of a step: for each eight tokens, for each row tile."""
+    new = ()
+    for f in gl.static_range(len(x_addresses)):
+        if MASKED:
+            x = gl.inline_asm_elementwise(
+                _load_x(32 * c, True), "=&r,=&r,=&r,=&r,l,l,l,l,r,r,r,r", [x_addresses[f], columns_left],
+                dtype=gl.int32, is_pure=True, pack=4,
+            )  # fmt: skip
+        else:
+            x = gl.inline_asm_elementwise(
+                _load_x(32 * c, False), "=&r,=&r,=&r,=&r,l,l,l,l", [x_addresses[f]],
+                dtype=gl.int32, is_pure=True, pack=4,
+            )  # fmt: skip
+        for r in gl.static_range(ROW_TILES):
+            total = gl.inline_asm_elementwise(
+                _mma_sp(DTYPE, ORDERED, c // 2, c % 2), "=f,=f,=f,=f,r,r,r,r,r,r,r,r,f,f,f,f,r,r,r,r",
+                [fragments[r], x, sums[f * ROW_TILES + r], metadata[r]], dtype=gl.float32, is_pure=True, pack=4,
+            )  # fmt: skip
+            new = new + (total,)
+    return new
+
+
+@gluon.jit
+def _step(
+    sums, chunks, metadata, x_addresses, columns_left,
+    fragments_ptr, metadata_ptr, first_tile, step, next_step, num_tiles, num_steps,
+    FORMAT: gl.constexpr, DTYPE: gl.constexpr, ORDERED: gl.constexpr, HAS_CVT: gl.constexpr,
+    NUM_CHUNKS: gl.constexpr, ROW_TILES: gl.constexpr, AHEAD: gl.constexpr, LAST: gl.constexpr, MASKED: gl.constexpr,
+):  # fmt: skip
+    """One step of 256 columns, AHEAD chunks of each row tile at a time; the chunks that follow are under way meanwhile.
+
+    Takes the first AHEAD chunks and the metadata of its step, and returns the sums and those of `next_step`.
+    """
+    addresses = ()
+    for f in gl.static_range(len(x_addresses)):
+        addresses = addresses + (x_addresses[f] + step.to(gl.int64) * (2 * 256),)
+    columns_left = columns_left - step * 256
+    next_metadata = metadata
+    for first in gl.static_range(0, NUM_CHUNKS, AHEAD):
+        next_chunks = chunks
+        if first + AHEAD < NUM_CHUNKS:
+            next_chunks = _load_chunks(
+                fragments_ptr, first_tile, step, num_tiles, num_steps, first + AHEAD, AHEAD, NUM_CHUNKS, ROW_TILES
+            )
+        elif not LAST:
+            next_metadata = _load_metadata(metadata_ptr, first_tile, next_step, num_tiles, num_steps, ROW_TILES)
+            next_chunks = _load_chunks(
+                fragments_ptr, first_tile, next_step, num_tiles, num_steps, 0, AHEAD, NUM_CHUNKS, ROW_TILES
+            )
+        for c in gl.static_range(first * 8 // NUM_CHUNKS, (first + AHEAD) * 8 // NUM_CHUNKS):
+            fragments = ()
+            for r in gl.static_range(ROW_TILES):
+                fragments = fragments + (chunks[r * AHEAD + c * NUM_CHUNKS // 8 - first],)
+            sums = _multiply_columns(
+                sums, fragments, metadata, addresses, columns_left, c, DTYPE, ORDERED, ROW_TILES, MASKED
+            )
+        chunks = next_chunks
+    return sums, chunks, next_metadata
+
+
+@gluon.jit
+def _add_warps(sums, ROW_TILES: gl.constexpr, WARPS_N: gl.constexpr, WARPS_K: gl.constexpr, LAYOUT: gl.constexpr):
+    """The operands of eight tokens, added over the warps that share row tiles: [8, WARPS_N * ROW_TILES * 16]."""
+    for level in gl.static_range(_log2(ROW_TILES)):  # i and i + half first, so that the last dimension counts in order
+        joined = ()
+        for i in gl.static_range(len(sums) // 2):
+            pair = gl.join(sums[i], sums[i + len(sums) // 2])
+            joined = joined + (gl.reshape(pair, (pair.shape[0], 2 << level)),)
+        sums = joined
+    total = gl.reshape(sums[0], (WARPS_K, WARPS_N * 128 * ROW_TILES))
+    if WARPS_K > 1:
+        total = gl.sum(total, axis=0)
+    # lane = 4 * (row % 8) + token / 2; register = 2 * (row / 8) + token % 2
+    parts = gl.permute(gl.reshape(total, (WARPS_N, 8, 4, 2, 2, ROW_TILES)), (2, 4, 0, 5, 3, 1))
+    return gl.convert_layout(gl.reshape(parts, (8, WARPS_N * ROW_TILES * 16)), LAYOUT)
+
+
+@gluon.jit
+def _affine(y, n, in_range, scales_ptr, bias_ptr, HAS_SCALES: gl.constexpr, HAS_BIAS: gl.constexpr):
+    if HAS_SCALES:
+        y *= gl.load(scales_ptr + n, mask=in_range, other=0.0)[None, :]
+    if HAS_BIAS:
+        y += gl.load(bias_ptr + n, mask=in_range, other=0.0).to(gl.float32)[None, :]
+    return y
+
+
+@gluon.jit
+def _finish(
+    tile, first_token, first_row, scales_ptr, bias_ptr, residual_ptr, y_ptr, M, N,
+    HAS_SCALES: gl.constexpr, HAS_BIAS: gl.constexpr, GATED: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Scales, bias, activation, residual, and the store of a tile [tokens, rows of row tiles]."""
+    TOKENS: gl.constexpr = tile.shape[0]
+    ROWS: gl.constexpr = tile.shape[1] // 2 if GATED else tile.shape[1]
+    m = first_token + gl.arange(0, TOKENS, gl.SliceLayout(1, LAYOUT))
+    features = N // 2 if GATED else N
+    n = (first_row // 2 if GATED else first_row) + gl.arange(0, ROWS, gl.SliceLayout(0, LAYOUT))
+    if GATED:
+        PAIRS: gl.constexpr = gl.BlockedLayout([1, 1, 2], [1, 32, 1], [1, LAYOUT.warps_per_cta[1], 1], [2, 1, 0])
+        pairs = gl.permute(gl.reshape(tile, (TOKENS, ROWS // 8, 2, 8)), (0, 1, 3, 2))
+        gate, up = gl.split(gl.convert_layout(gl.reshape(pairs, (TOKENS, ROWS, 2)), PAIRS))
+        gate, up = gl.convert_layout(gate, LAYOUT), gl.convert_layout(up, LAYOUT)
+        gate = _affine(gate, n, n < features, scales_ptr, bias_ptr, HAS_SCALES, HAS_BIAS)
+        up = _affine(up, n + features, n < features, scales_ptr, bias_ptr, HAS_SCALES, HAS_BIAS)
+        y = gate / (1.0 + gl.exp(-gate)) * up
+    else:
+        y = _affine(tile, n, n < features, scales_ptr, bias_ptr, HAS_SCALES, HAS_BIAS)
+    place = m.to(gl.int64)[:, None] * features + n[None, :]
+    mask = (m < M)[:, None] & (n < features)[None, :]
+    if HAS_RESIDUAL:
+        y += gl.load(residual_ptr + place, mask=mask, other=0.0).to(gl.float32)
+    gl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+# What a launch does not depend on is not specialised: one kernel for all shapes of a config.
+@gluon.jit(
+    do_not_specialize=[
+        "x_ptr", "scales_ptr", "bias_ptr", "residual_ptr", "M", "K", "stride_xm", "num_tiles", "num_steps",
+    ]
+)  # fmt: skip
+def _spmm24_mma_kernel(
+    x_ptr, fragments_ptr, metadata_ptr, scales_ptr, bias_ptr, residual_ptr, out_ptr,
+    M, N, K, stride_xm, num_tiles, num_steps,
+    FORMAT: gl.constexpr, DTYPE: gl.constexpr, ORDERED: gl.constexpr, HAS_CVT: gl.constexpr, EVEN: gl.constexpr,
+    HAS_SCALES: gl.constexpr, HAS_BIAS: gl.constexpr, GATED: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
+    NUM_CHUNKS: gl.constexpr, TOKENS: gl.constexpr, ROW_TILES: gl.constexpr, AHEAD: gl.constexpr,
+    WARPS_N: gl.constexpr, WARPS_K: gl.constexpr, SPLIT_K: gl.constexpr,
+):  # fmt: skip
+    """With SPLIT_K = 1 out is y [M, features]; otherwise fp32 sums [SPLIT_K, M, num_tiles * 16], nothing applied."""
+    WARPS: gl.constexpr = WARPS_N * WARPS_K
+    OPERAND: gl.constexpr = gl.BlockedLayout([4], [32], [WARPS], [0])
+    i = gl.arange(0, 128 * WARPS, OPERAND)
+    token = i // 16 % 8
+    quad_column = i // 4 % 4 * 2
+    block_tile = gl.program_id(1) * (WARPS_N * ROW_TILES)
+    first_tile = block_tile + i // 128 % WARPS_N * ROW_TILES
+    first_step = gl.program_id(2) * WARPS_K + i // (128 * WARPS_N)
+    first_token = gl.program_id(0) * TOKENS
+
+    x_addresses = ()
+    sums = ()
+    for f in gl.static_range(TOKENS // 8):
+        m = gl.minimum(first_token + f * 8 + token, M - 1).to(gl.int64)  # the last token again: not stored
+        x_addresses = x_addresses + ((x_ptr + m * stride_xm + quad_column).to(gl.int64, bitcast=True),)
+        for _ in gl.static_range(ROW_TILES):
+            sums = sums + (gl.zeros((128 * WARPS,), gl.float32, OPERAND),)
+
+    step = first_step
+    metadata = _load_metadata(metadata_ptr, first_tile, step, num_tiles, num_steps, ROW_TILES)
+    chunks = _load_chunks(fragments_ptr, first_tile, step, num_tiles, num_steps, 0, AHEAD, NUM_CHUNKS, ROW_TILES)
+    for _ in range(1, (num_steps + WARPS_K * SPLIT_K - 1) // (WARPS_K * SPLIT_K)):
+        next_step = step + WARPS_K * SPLIT_K
+        sums, chunks, metadata = _step(
+            sums, chunks, metadata, x_addresses, K - quad_column,
+            fragments_ptr, metadata_ptr, first_tile, step, next_step, num_tiles, num_steps,
+            FORMAT, DTYPE, ORDERED, HAS_CVT, NUM_CHUNKS, ROW_TILES, AHEAD, False, False,
+        )  # fmt: skip
+        step = next_step
+    sums, chunks, metadata = _step(
+        sums, chunks, metadata, x_addresses, K - quad_column,
+        fragments_ptr, metadata_ptr, first_tile, step, step, num_tiles, num_steps,
+        FORMAT, DTYPE, ORDERED, HAS_CVT, NUM_CHUNKS, ROW_TILES, AHEAD, True, not EVEN,
+    )  # fmt: skip
+
+    TILE: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [1, WARPS], [1, 0])
+    for f in gl.static_range(TOKENS // 8):
+        mine = ()
+        for r in gl.static_range(ROW_TILES):
+            mine = mine + (sums[f * ROW_TILES + r],)
+        tile = _add_warps(mine, ROW_TILES, WARPS_N, WARPS_K, TILE)
+        if SPLIT_K == 1:
+            _finish(
+                tile, first_token + f * 8, block_tile * 16, scales_ptr, bias_ptr, residual_ptr, out_ptr, M, N,
+                HAS_SCALES, HAS_BIAS, GATED, HAS_RESIDUAL, TILE,
+            )  # fmt: skip
+        else:
+            m = first_token + f * 8 + gl.arange(0, 8, gl.SliceLayout(1, TILE))
+            row = block_tile * 16 + gl.arange(0, WARPS_N * ROW_TILES * 16, gl.SliceLayout(0, TILE))
+            place = (gl.program_id(2).to(gl.int64) * M + m)[:, None] * (num_tiles * 16) + row[None, :]
+            gl.store(out_ptr + place, tile, mask=(m < M)[:, None] & (row < num_tiles * 16)[None, :])
+
+
+@gluon.jit(do_not_specialize=["scales_ptr", "bias_ptr", "residual_ptr", "M", "num_tiles"])
+def _add_splits_kernel(
+    sums_ptr, scales_ptr, bias_ptr, residual_ptr, y_ptr, M, N, num_tiles,
+    HAS_SCALES: gl.constexpr, HAS_BIAS: gl.constexpr, GATED: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
+    SPLIT_K: gl.constexpr,
+):  # fmt: skip
+    """y from the sums [SPLIT_K, M, num_tiles * 16] of `_spmm24_mma_kernel`; a block takes 8 tokens and 128 rows."""
+    TILE: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [1, 4], [1, 0])
+    first_token, first_row = gl.program_id(0) * 8, gl.program_id(1) * 128
+    m = first_token + gl.arange(0, 8, gl.SliceLayout(1, TILE))
+    row = first_row + gl.arange(0, 128, gl.SliceLayout(0, TILE))
+    mask = (m < M)[:, None] & (row < num_tiles * 16)[None, :]
+    place = m.to(gl.int64)[:, None] * (num_tiles * 16) + row[None, :]
+    tile = gl.zeros((8, 128), gl.float32, TILE)
+    for _ in gl.static_range(SPLIT_K):
+        tile += gl.load(sums_ptr + place, mask=mask, other=0.0)
+        place += M.to(gl.int64) * (num_tiles * 16)
+    _finish(
+        tile, first_token, first_row, scales_ptr, bias_ptr, residual_ptr, y_ptr, M, N,
+        HAS_SCALES, HAS_BIAS, GATED, HAS_RESIDUAL, TILE,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One way to launch `_spmm24_mma_kernel`; every number is a power of two.
+
+    Attributes:
+        TOKENS: of a block, 8 or more.
+        ROW_TILES: of a warp, 16 rows each.
+        AHEAD: chunks of each row tile that are loaded while the ones before are multiplied.
+        WARPS_N, WARPS_K: of a block; the former take different row tiles, the latter different steps of K.
+        SPLIT_K: blocks that share row tiles.
+    """
+
+    TOKENS: int
+    ROW_TILES: int
+    AHEAD: int
+    WARPS_N: int
+    WARPS_K: int
+    SPLIT_K: int = 1
+
+
+# By format, then by the most tokens they serve. Chosen from registers and instructions in the machine code of sm_90 so
+# that every warp has four or more 16-byte loads under way; not yet measured.
+CONFIGS = {
+    "semi24": {
+        8: Config(TOKENS=8, ROW_TILES=1, AHEAD=8, WARPS_N=1, WARPS_K=8),
+        16: Config(TOKENS=16, ROW_TILES=2, AHEAD=4, WARPS_N=1, WARPS_K=8),
+        32: Config(TOKENS=32, ROW_TILES=2, AHEAD=4, WARPS_N=2, WARPS_K=4),
+        64: Config(TOKENS=64, ROW_TILES=2, AHEAD=4, WARPS_N=4, WARPS_K=2),
+    },
+}
+
+
+def pick_config(format: str, M: int, N: int, K: int, sms: int) -> Config:
+    """Return the launch for M tokens of a weight [N, K] on a GPU with `sms` multiprocessors."""
+    configs = CONFIGS[format]
+    config = next((config for most, config in configs.items() if M <= most), configs[max(configs)])
+    blocks = -(-N // (TILE_N * config.ROW_TILES * config.WARPS_N)) * -(-M // config.TOKENS)
+    # Two blocks for each multiprocessor, and a step for each warp.
+    split = min(2 * sms // max(blocks, 1), num_steps(K) // config.WARPS_K, 16)
+    return replace(config, SPLIT_K=1 << max(split, 1).bit_length() - 1)
+
+
+def spmm24(
+    x: Tensor, fragments: Tensor, metadata: Tensor, N: int, bias: Tensor | None = None, *,
+    activation: str | None = None, residual: Tensor | None = None, config: Config | None = None,
+) -> Tensor:  # fmt: skip
+    """Return x @ W.T + bias, activated, plus residual, for a 16-bit 2:4 weight in fragments; any number of tokens.
+
+    Args:
+        x: [..., K], bf16 or fp16, the dtype of the weight; rows may be strided.
+        fragments, metadata: of `fragments24.prepare(…, "semi24")`.
+        N: rows of the weight.
+        bias: [N].
+        activation: None, or "silu_mul" for a weight prepared with `gated`: the result is [..., N/2].
+        residual: of the shape of the result, added last.
+        config: instead of the one `pick_config` finds.
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit together.
+        RuntimeError: the device of `x` cannot run this; the message says why.
+    """
+    return _spmm24("semi24", x, fragments, metadata, None, N, bias, activation, residual, config)
+
+
+class _Kernel:
+    """A kernel, its grid and its constants. The first call compiles it; later ones go straight to the driver."""
+
+    def __init__(self, kernel: Any, grid: tuple[int, int, int], constants: dict[str, Any], num_warps: int) -> None:
+        self.kernel, self.grid, self.constants, self.num_warps = kernel, grid, constants, num_warps
+        self.tail = tuple(constants[name] for name in kernel.arg_names if name in constants)
+        self.run: Callable[..., None] | None = None
+
+    def __call__(self, *args: Any) -> None:
+        if self.run is None:
+            compiled = self.kernel[self.grid](*args, **self.constants, num_warps=self.num_warps)
+            self.run = compiled[self.grid]
+        else:
+            self.run(*args, *self.tail)
+
+
+class _Launch:
+    """What a call can know from shapes, dtypes and the device: checks, config and kernels."""
+
+    def __init__(
+        self, format: str, x: Tensor, fragments: Tensor, metadata: Tensor, scales: Tensor | None, N: int,
+        bias: Tensor | None, activation: str | None, residual: Tensor | None, config: Config | None,
+    ) -> None:  # fmt: skip
+        _check(format, x, fragments, metadata, scales, N, bias, activation, residual)
+        gated = activation == "silu_mul"
+        self.N, self.features = N, N // 2 if gated else N
+        self.K = x.shape[-1]
+        self.M = x.numel() // self.K
+        self.num_tiles, self.num_steps = metadata.shape[:2]
+        config = config or pick_config(format, self.M, N, self.K, num_sms(x.device))
+        applied = {
+            "HAS_SCALES": format in ("semi24_fp8", "semi24_int8"), "HAS_BIAS": bias is not None, "GATED": gated,
+            "HAS_RESIDUAL": residual is not None,
+        }  # fmt: skip
+        in_kernel = applied if config.SPLIT_K == 1 else dict.fromkeys(applied, False)
+        constants = kernel_constants(format, x.dtype, self.K, config, capability(x.device)) | in_kernel
+        blocks = -(-self.num_tiles // (config.WARPS_N * config.ROW_TILES))
+        grid = (-(-self.M // config.TOKENS), blocks, config.SPLIT_K)
+        self.multiply = _Kernel(_spmm24_mma_kernel, grid, constants, config.WARPS_N * config.WARPS_K)
+        self.split = config.SPLIT_K
+        add_grid = (-(-self.M // 8), -(-self.num_tiles // 8), 1)
+        self.add_splits = _Kernel(_add_splits_kernel, add_grid, {**applied, "SPLIT_K": self.split}, 4)
+
+    def __call__(
+        self, x: Tensor, fragments: Tensor, metadata: Tensor, scales: Tensor | None, bias: Tensor | None,
+        residual: Tensor | None, y: Tensor,
+    ) -> None:  # fmt: skip
+        x, stride = self._rows(x)
+        out = y if self.split == 1 else y.new_empty(self.split, self.M, self.num_tiles * TILE_N, dtype=torch.float32)
+        scales = y if scales is None else scales  # a pointer that is not read
+        bias = y if bias is None else bias
+        residual = y if residual is None else residual.contiguous()
+        self.multiply(
+            x, fragments, metadata, scales, bias, residual, out,
+            self.M, self.N, self.K, stride, self.num_tiles, self.num_steps,
+        )  # fmt: skip
+        if self.split > 1:
+            self.add_splits(out, scales, bias, residual, y, self.M, self.N, self.num_tiles)
+
+    def _rows(self, x: Tensor) -> tuple[Tensor, int]:
+        """x as rows that begin at multiples of 4 bytes and may be read to an even number of columns; their stride."""
+        if x.is_contiguous():
+            stride = self.K
+        else:
+            x = x.reshape(self.M, self.K)
+            x = x if x.stride(1) == 1 else x.contiguous()
+            stride = x.stride(0)
+        if stride % 2 or self.K % 2 or x.data_ptr() % 4:
+            stride = self.K + self.K % 2
+            padded = x.new_zeros(self.M, stride)
+            padded[:, : self.K] = x.reshape(self.M, self.K)
+            return padded, stride
+        return x, stride
+
+
+_launches: dict[tuple[Any, ...], _Launch] = {}
+
+
+def _spmm24(
+    format: str, x: Tensor, fragments: Tensor, metadata: Tensor, scales: Tensor | None, N: int, bias: Tensor | None,
+    activation: str | None, residual: Tensor | None, config: Config | None,
+) -> Tensor:  # fmt: skip
+    shape = x.shape
+    key = (
+        format, shape, x.dtype, x.device, N, fragments.shape, None if bias is None else (bias.shape, bias.dtype),
+        None if residual is None else (residual.shape, residual.dtype), activation, config,
+    )  # fmt: skip
+    launch = _launches.get(key)
+    if launch is None:
+        launch = _launches[key] = _Launch(format, x, fragments, metadata, scales, N, bias, activation, residual, config)
+    y = x.new_empty(*shape[:-1], launch.features)
+    if launch.M and N:
+        with torch.cuda.device_of(x):
+            launch(x, fragments, metadata, scales, bias, residual, y)
+    return y
+
+
+def kernel_constants(
+    format: str, dtype: torch.dtype, K: int, config: Config, capability: tuple[int, int]
+) -> dict[str, Any]:
+    """Return the constants of `_spmm24_mma_kernel` that are not about what follows the product."""
+    return {
+        "FORMAT": format, "DTYPE": DTYPES[dtype], "NUM_CHUNKS": CHUNKS[format],
+        # From sm_100 on `mma.sp` without the promise that indices ascend is several times slower (kernels compiled for
+        # sm_80 to sm_90 gain nothing from it).
+        "ORDERED": capability >= (10, 0),
+        "HAS_CVT": capability >= (8, 9),  # e4m3 to f16 in one instruction
+        "EVEN": K % (STEP_K * config.WARPS_K * config.SPLIT_K) == 0,
+        "TOKENS": config.TOKENS, "ROW_TILES": config.ROW_TILES, "AHEAD": config.AHEAD,
+        "WARPS_N": config.WARPS_N, "WARPS_K": config.WARPS_K, "SPLIT_K": config.SPLIT_K,
+    }  # fmt: skip
+
+
+def _check(
+    format: str, x: Tensor, fragments: Tensor, metadata: Tensor, scales: Tensor | None, N: int, bias: Tensor | None,
+    activation: str | None, residual: Tensor | None,
+) -> None:  # fmt: skip
+    reason = why_not_cuda(x.device)
+    if reason is not None:
+        raise RuntimeError(f"spmm24 on fragments cannot run here: {reason}")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x is {x.dtype}: expected {' or '.join(map(str, DTYPES))}, convert it")
+    if activation not in (None, "silu_mul"):
+        raise ValueError(f"activation={activation!r} is not known: None or 'silu_mul'")
+    gated, K = activation == "silu_mul", x.shape[-1]
+    if K == 0:
+        raise ValueError("x has no features: [..., K] with K > 0 is needed")
+    T, S = num_tiles(N, gated), num_steps(K)
+    expected = {"fragments": (T, S, CHUNKS[format], 32, 4), "metadata": (T, S, 32, 4)}
+    for name, tensor in (("fragments", fragments), ("metadata", metadata)):
+        if tensor.shape != expected[name] or tensor.dtype != torch.int32 or not tensor.is_contiguous():
+            found = f"{name} {tensor.dtype} {tuple(tensor.shape)}"
+            raise ValueError(
+                f"{found} are not W [{N}, {K}]: expected contiguous int32 {expected[name]}, from prepare()"
+            )
+    if gated and N % 2:
+        raise ValueError(f"N={N}: silu_mul needs as many gate as up rows")
+    y_shape = (*x.shape[:-1], N // 2 if gated else N)
+    for name, tensor, shape, dtype in (
+        ("bias", bias, (N,), x.dtype),
+        ("residual", residual, y_shape, x.dtype),
+        ("scales", scales, (T, S, 2, 8), torch.int32)
+        if format == "semi24_int4"
+        else ("scales", scales, (N,), torch.float32),
+    ):
+        if tensor is not None and (tensor.shape != shape or tensor.dtype != dtype):
+            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}: expected {dtype} {shape}")
+    for name, tensor in (
+        ("fragments", fragments), ("metadata", metadata), ("bias", bias), ("residual", residual), ("scales", scales)
+    ):  # fmt: skip
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, x on {x.device}: move one of them")
