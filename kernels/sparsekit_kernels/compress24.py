@@ -127,9 +127,8 @@ def _search24_kernel(
         s0, s1, s2, s3 = (
             _ordered(s0, SCORE_ABS), _ordered(s1, SCORE_ABS), _ordered(s2, SCORE_ABS), _ordered(s3, SCORE_ABS)
         )  # fmt: skip
-        # Columns beyond K lose against every score; place 0 of a stored group is beyond K only if the group is.
+        # Columns beyond K lose against every score. Places 0 and 1 need no help: with 1 beyond, 0 stays anyway.
         g = tile * BLOCK_K // 4 + tl.arange(0, BLOCK_K // 4)
-        s1 = tl.where((g * 4 + 1 < K)[None, :], s1, -0x80000000)
         s2 = tl.where((g * 4 + 2 < K)[None, :], s2, -0x80000000)
         s3 = tl.where((g * 4 + 3 < K)[None, :], s3, -0x80000000)
     else:

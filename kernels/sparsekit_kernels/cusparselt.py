@@ -2,8 +2,18 @@
 
 W [N, K] is compressed once by cuSPARSELt into one opaque tensor of 9/16 of the dense bytes. Its layout differs between
 GPU generations, so it lives in memory only. Compared with torch's own 2:4 tensor, the result is row-major [M, N] as the
-library writes it (no transposition afterwards), and the algorithm is searched once per shape instead of left at the
-default. torch still builds a cuSPARSELt plan on each call: that is host time a CUDA graph hides.
+library writes it (no transposition afterwards), and the algorithm is searched once for each (N, K, bucket of M, dtype,
+bias or none) instead of left at the default. What the search found is kept on disk by `tuning`, under the GPU's name
+and the versions of torch, cuSPARSELt and this package: its numbers mean nothing to another version.
+
+Plans. Each call of torch's `_cslt_sparse_mm` makes four matrix descriptors, a matmul descriptor, an algorithm selection
+and a plan, and destroys them when it returns: 50 to 200 us of host time (pytorch#179642). There is no cache of plans to
+use: the calls that are spelled out in the error messages of libtorch_cuda.so are `cusparseLtMatmulPlanInit(&handle,
+&plan, &matmul, &alg_sel)` and `cusparseLtMatmulPlanDestroy(&plan)`, on variables of that one call, in the wheels of
+torch 2.11.0 and 2.13.0 alike; the caches proposed in pytorch#137218 and #179642 were closed. What torch leaves us is
+to capture the call in a CUDA graph, which replays the kernels without any of it; eager calls hide it only while the GPU
+has that much work queued. Of what costs more we use nothing: no `alpha` (a tensor of one is read back by the host) and
+no `out_dtype`.
 
 Needs fp16 or bf16, N and K multiples of 16; any M (padded to a multiple of 8 inside).
 """
@@ -12,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsekit_kernels import tuning
 from sparsekit_kernels.layout24 import compress24, decompress24
 from sparsekit_kernels.target import why_not_cuda
 
@@ -20,7 +31,11 @@ WEIGHT_MULTIPLE = 16  # N and K; torch.sparse.SparseSemiStructuredTensorCUSPARSE
 TOKEN_MULTIPLE = 8
 RESTORE_COLUMNS = 1024  # of the weight at a time
 
-Algorithm = tuple[int, int, int]  # alg_id, split_k, split_k_mode, as torch._cslt_sparse_mm takes them
+KERNEL = "cusparselt"
+SEARCH = {False: "cusparselt-search", True: "cusparselt-search-bias"}  # with a bias, other algorithms win
+
+Algorithm = tuple[int, int, int]  # as torch._cslt_sparse_mm takes them:
+CONFIG = ("alg_id", "split_k", "split_k_mode")
 DEFAULT_ALGORITHM: Algorithm = (0, 1, -1)
 _algorithms: dict[tuple[object, ...], Algorithm] = {}
 
@@ -68,8 +83,9 @@ def restore(packed: Tensor, N: int, K: int) -> tuple[Tensor, Tensor]:
 def spmm24(x: Tensor, packed: Tensor, N: int, K: int, bias: Tensor | None = None) -> Tensor:
     """Return x @ W.T + bias for a prepared weight [N, K]; x is [..., K], the result [..., N], contiguous.
 
-    The first call with a new shape measures the algorithms, which stops the GPU for some milliseconds; while a CUDA
-    graph is captured it takes the default one instead. Call once before capturing.
+    The first call with a new shape searches the algorithms if no earlier process has, which stops the GPU for some
+    milliseconds. Where it must not (see `tuning.may_measure`), as while a CUDA graph is captured, the default one runs:
+    call once before capturing.
     """
     if x.shape[-1] != K or x.dtype != packed.dtype:
         raise ValueError(f"x has {x.shape[-1]} features of {x.dtype}, W has {K} of {packed.dtype}")
@@ -79,8 +95,8 @@ def spmm24(x: Tensor, packed: Tensor, N: int, K: int, bias: Tensor | None = None
         return x.new_empty(*x.shape[:-1], N)
     x2d = x.reshape(M, K)
     padded = -M % TOKEN_MULTIPLE
-    x2d = F.pad(x2d, (0, 0, 0, padded)) if padded else x2d.contiguous()
-    bias = None if bias is None else bias.to(x.dtype).contiguous()
+    x2d = F.pad(x2d, (0, 0, 0, padded)) if padded else _aligned(x2d)
+    bias = None if bias is None else _aligned(bias.to(x.dtype))
     y = _multiply(packed, x2d, bias, _algorithm(packed, x2d, N, bias))
     return y[:M].view(*x.shape[:-1], N)
 
@@ -99,16 +115,47 @@ def _multiply(packed: Tensor, x_MK: Tensor, bias: Tensor | None, algorithm: Algo
     )
 
 
+def blob_bytes(N: int, K: int, dtype: torch.dtype) -> int:
+    """Return what a second, compressed copy of a weight for cuSPARSELt takes: 9/16 of the dense bytes."""
+    return N * K * dtype.itemsize * 9 // 16
+
+
 def _algorithm(packed: Tensor, x_MK: Tensor, N: int, bias: Tensor | None) -> Algorithm:
-    """The fastest algorithm for this shape, M rounded up to a power of two; searched once per process."""
+    """The fastest algorithm for this shape: remembered, read from disk, or searched."""
     M, K = x_MK.shape
-    bucket = 1 << (M - 1).bit_length()
-    key = (N, K, bucket, x_MK.dtype, x_MK.device, bias is not None)
-    if key not in _algorithms:
-        if x_MK.is_cuda and torch.cuda.is_current_stream_capturing():
-            return DEFAULT_ALGORITHM
-        _algorithms[key] = _search(packed, x_MK, bias)
-    return _algorithms[key]
+    shape = (N, K, tuning.bucket(M), x_MK.dtype, x_MK.device, bias is not None)
+    algorithm = _algorithms.get(shape)
+    if algorithm is not None:
+        return algorithm
+    key = tuning.key(SEARCH[bias is not None], x_MK.dtype, N, K, M)
+    found = tuning.lookup(key, x_MK.device)
+    if found is not None:
+        algorithm = _from_config(found[0].get(KERNEL))
+    if algorithm is None:
+        if tuning.may_measure(x_MK.device):
+            algorithm = _search(packed, x_MK, bias)
+            tuning.store(key, {KERNEL: tuning.Measured(None, dict(zip(CONFIG, algorithm, strict=True)))}, x_MK.device)
+        elif tuning.is_switched_off():
+            algorithm = DEFAULT_ALGORITHM
+        else:
+            return DEFAULT_ALGORITHM  # for now
+    _algorithms[shape] = algorithm
+    return algorithm
+
+
+def _from_config(entry: tuning.Measured | None) -> Algorithm | None:
+    """The algorithm in a row of the cache; None where it holds no such."""
+    numbers = [entry.config.get(name) for name in CONFIG] if entry is not None else []
+    match numbers:
+        case [int(alg_id), int(split_k), int(split_k_mode)]:
+            return alg_id, split_k, split_k_mode
+    return None
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor, contiguous and at a multiple of the 16 bytes that the plan promises cuSPARSELt."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
 def _search(packed: Tensor, x_MK: Tensor, bias: Tensor | None) -> Algorithm:

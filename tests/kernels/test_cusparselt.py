@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from sparsekit_kernels import cusparselt, layout24, target
+from sparsekit_kernels import cusparselt, layout24, target, tuning
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 REASON = cusparselt.why_not(torch.float16, 64, 64, "cuda")
@@ -28,7 +28,7 @@ def assert_as_good_as_dense(out, dense, ref64):
 
 
 @pytest.fixture
-def imitation(monkeypatch):
+def imitation(monkeypatch, tmp_path):
     """The two calls of torch on the CPU: the compressed tensor is the dense one. Refuses what the library refuses."""
     calls = []
 
@@ -39,6 +39,7 @@ def imitation(monkeypatch):
     def multiply(packed, x_KM, bias=None, *, transpose_result, alg_id, split_k, split_k_mode):
         assert x_KM.T.is_contiguous() and x_KM.shape[1] % 8 == 0, "x must be row-major, tokens a multiple of 8"
         assert transpose_result
+        assert x_KM.data_ptr() % 16 == 0 and (bias is None or bias.data_ptr() % 16 == 0), "misaligned"
         calls.append((x_KM.shape[1], alg_id))
         return F.linear(x_KM.T, packed, bias)
 
@@ -54,6 +55,8 @@ def imitation(monkeypatch):
     monkeypatch.setattr(torch, "_cslt_sparse_mm", multiply)
     monkeypatch.setattr(cusparselt, "_search", search)
     monkeypatch.setattr(cusparselt, "_algorithms", {})
+    monkeypatch.setattr(tuning, "may_measure", lambda device: True)
+    monkeypatch.setenv("SPARSEKIT_TUNING", str(tmp_path))
     return calls, searches
 
 
@@ -89,12 +92,82 @@ def test_restore_is_exact(K, imitation, monkeypatch):
 def test_one_search_per_bucket(imitation):
     calls, searches = imitation
     (packed,) = cusparselt.prepare(*layout24.compress24(weight24(32, 48, torch.float16)), 48)
-    for M in (1, 8, 5, 9, 16, 13, 17):
+    for M in (1, 8, 5, 9, 16, 13, 17, 65, 96, 97):
         cusparselt.spmm24(torch.randn(M, 48).half(), packed, 32, 48)
-    assert searches == [8, 16, 24]
+    assert searches == [8, 16, 24, 72, 104]
     cusparselt.spmm24(torch.randn(8, 48).half(), packed, 32, 48, torch.zeros(32).half())
-    assert searches == [8, 16, 24, 8], "a bias is another algorithm"
+    assert searches == [8, 16, 24, 72, 104, 8], "a bias is another algorithm"
     assert all(alg_id == 7 for _, alg_id in calls)
+
+
+def run_in_a_new_process(monkeypatch, bias=None):
+    monkeypatch.setattr(cusparselt, "_algorithms", {})
+    (packed,) = cusparselt.prepare(*layout24.compress24(weight24(32, 48, torch.float16)), 48)
+    cusparselt.spmm24(torch.randn(8, 48).half(), packed, 32, 48, bias)
+
+
+def test_later_processes_read_what_the_first_one_searched(imitation, monkeypatch):
+    calls, searches = imitation
+    for _ in range(3):
+        run_in_a_new_process(monkeypatch)
+    assert searches == [8] and calls == [(8, 7)] * 3
+
+
+@pytest.mark.parametrize("library", ["torch", "cusparselt", "kernels"])
+def test_another_version_or_gpu_searches_again(library, imitation, monkeypatch):
+    _, searches = imitation
+    run_in_a_new_process(monkeypatch)
+    versions = {**tuning.versions(), library: "another"}
+    monkeypatch.setattr(tuning, "versions", lambda: versions)
+    run_in_a_new_process(monkeypatch)
+    monkeypatch.setattr(tuning, "gpu_name", lambda device: "another GPU")
+    run_in_a_new_process(monkeypatch)
+    assert searches == [8, 8, 8]
+
+
+@pytest.mark.parametrize("config", ['{"alg_id": 3}', '{"alg_id": "x", "split_k": 1, "split_k_mode": -1}'])
+def test_a_useless_entry_of_the_cache_is_searched_again(config, imitation, monkeypatch, tmp_path):
+    calls, searches = imitation
+    run_in_a_new_process(monkeypatch)
+    (file,) = tmp_path.rglob("*.json")
+    whole = file.read_text()
+    start = whole.index('"config": {') + len('"config": ')
+    file.write_text(whole[:start] + config + whole[whole.index("}", start) + 1 :])
+    run_in_a_new_process(monkeypatch)
+    assert searches == [8, 8] and file.read_text() == whole
+
+
+def test_no_search_while_a_graph_is_captured(imitation, monkeypatch):
+    calls, searches = imitation
+    with monkeypatch.context() as capture:
+        capture.setattr(tuning, "may_measure", lambda device: False)
+        run_in_a_new_process(monkeypatch)
+    assert searches == [] and calls == [(8, 0)] and cusparselt._algorithms == {}, "not for good"
+    (packed,) = cusparselt.prepare(*layout24.compress24(weight24(32, 48, torch.float16)), 48)
+    cusparselt.spmm24(torch.randn(8, 48).half(), packed, 32, 48)
+    assert searches == [8]
+
+
+def test_switched_off_takes_the_default_for_good(imitation, monkeypatch, tmp_path):
+    calls, searches = imitation
+    monkeypatch.setattr(tuning, "may_measure", lambda device: False)
+    monkeypatch.setenv("SPARSEKIT_TUNING", "off")
+    run_in_a_new_process(monkeypatch)
+    assert searches == [] and calls == [(8, 0)]
+    assert list(cusparselt._algorithms.values()) == [cusparselt.DEFAULT_ALGORITHM] and not list(tmp_path.iterdir())
+
+
+def test_misaligned_tensors_are_moved(imitation):
+    w = weight24(32, 48, torch.float16)
+    (packed,) = cusparselt.prepare(*layout24.compress24(w), 48)
+    x, bias = torch.randn(8 * 48 + 3).half()[3:].view(8, 48), torch.randn(33).half()[1:]
+    assert x.is_contiguous() and x.data_ptr() % 16 and bias.data_ptr() % 16
+    assert torch.equal(cusparselt.spmm24(x, packed, 32, 48, bias), F.linear(x, w, bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_price_of_a_blob(dtype):
+    assert cusparselt.blob_bytes(32, 48, dtype) == 32 * 27 * 2
 
 
 def test_why_not_in_words():
