@@ -11,7 +11,8 @@ shapes.
 
 They are defined through `torch.library.Library` and not `torch.library.custom_op`, whose Python wrapper costs more
 than the multiplication of a small layer. For the same reason `SparseOp.linear` calls the kernel directly where nobody
-watches the dispatcher: no gradient, no compiler, no mode, no profiler, no subclass.
+watches the dispatcher: no gradient, no compiler, no mode, no profiler, no subclass. What is on that way is counted in
+tenths of a microsecond (bench/overhead.py): functions of torch are looked up once, below, and not at each call.
 
 Inside a `torch.func` transform or forward-mode AD it multiplies by the dense weight: an operator has neither a batching
 rule nor a tangent there (torch would loop over `vmap` and return zeros for `jvp`).
@@ -25,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 _library = torch.library.Library("sparsekit", "DEF")
 
@@ -37,10 +39,29 @@ Dense = Callable[[Weight, int, int, torch.dtype], Tensor]
 
 @dataclass(frozen=True)
 class SparseOp:
-    """Both operators of one format on one backend, ready to call."""
+    """Both operators of one format on one backend, ready to call. Copied and pickled by name."""
 
+    format: str
+    backend: str
     linear: Linear
     dense: Dense
+
+    def __reduce__(self) -> tuple[Callable[[str, str], "SparseOp"], tuple[str, str]]:
+        return defined, (self.format, self.backend)
+
+
+_DEFINED: dict[tuple[str, str], SparseOp] = {}
+
+
+def defined(format: str, backend: str) -> SparseOp:
+    """Return the operators of a format on a backend.
+
+    Raises:
+        ValueError: the backend has defined none for this format.
+    """
+    if (format, backend) not in _DEFINED:
+        raise ValueError(f"backend={backend!r} has no path for format {format!r}")
+    return _DEFINED[format, backend]
 
 
 def define(format: str, backend: str, linear: Linear, dense: Dense) -> SparseOp:
@@ -99,40 +120,47 @@ def define(format: str, backend: str, linear: Linear, dense: Dense) -> SparseOp:
             return F.linear(x, dense_op(weight, N, K, x.dtype), bias)
         return linear_op(x, weight, bias, N, K)
 
-    return SparseOp(call, dense_op)
+    op = _DEFINED[format, backend] = SparseOp(format, backend, call, dense_op)
+    return op
+
+
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
+_num_dispatch_modes = torch._C._len_torch_dispatch_stack
+_innermost_transform = torch._C._functorch.peek_interpreter_stack
+_is_profiled = torch._C._autograd._profiler_enabled
+_tracing_state = torch._C._get_tracing_state
 
 
 def _is_unwatched(x: Tensor, bias: Tensor | None) -> bool:
     """Return whether calling the kernel past the dispatcher makes no difference to anybody."""
-    if torch.compiler.is_compiling():
-        return False
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return False
-    return (
-        type(x) is Tensor
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
-        and not torch._C._autograd._profiler_enabled()
-        and torch._C._get_tracing_state() is None
+    return not (
+        _is_compiling()
+        or type(x) is not Tensor
+        or (bias is not None and type(bias) is not Parameter and type(bias) is not Tensor)
+        or (_is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        or _num_dispatch_modes()
+        or _innermost_transform() is not None
+        or forward_ad._current_level >= 0
+        or _is_profiled()
+        or _tracing_state() is not None
     )
 
 
 def _is_transformed() -> bool:
     """Return whether a `torch.func` transform or forward-mode AD is under way, outside a compiler."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return not _is_compiling() and (_innermost_transform() is not None or forward_ad._current_level >= 0)
 
 
 _DENSE_DTYPES = frozenset((torch.bfloat16, torch.float16, torch.float32))
 
 
 def _check_input(x: Tensor, first: Tensor, K: int) -> None:
-    if x.dim() == 0:
+    shape = x.shape
+    if not shape:
         raise ValueError(f"x is a scalar, W has {K} features: pass x of shape [..., {K}]")
-    if x.shape[-1] != K:
-        raise ValueError(f"x has {x.shape[-1]} features, W has {K}: pass x of shape [..., {K}]")
-    if x.dtype != first.dtype and (first.dtype in _DENSE_DTYPES or x.dtype not in _DENSE_DTYPES):
+    if shape[-1] != K:
+        raise ValueError(f"x has {shape[-1]} features, W has {K}: pass x of shape [..., {K}]")
+    if x.dtype is not first.dtype and (first.dtype in _DENSE_DTYPES or x.dtype not in _DENSE_DTYPES):
         wanted = first.dtype if first.dtype in _DENSE_DTYPES else "bfloat16, float16 or float32"
         raise ValueError(f"x is {x.dtype}, W is {wanted}: convert one of them, as with model.to({x.dtype})")

@@ -4,8 +4,8 @@
 """
 
 # isort: off
-from sparsekit.backends.base import BACKENDS, Backend, Runner, resolve
+from sparsekit.backends.base import BACKENDS, PREFILLS, Backend, Runner, resolve
 from sparsekit.backends import triton, cpu, cusparselt, reference  # noqa: F401
 # isort: on
 
-__all__ = ["BACKENDS", "Backend", "Runner", "resolve"]
+__all__ = ["BACKENDS", "PREFILLS", "Backend", "Runner", "resolve"]

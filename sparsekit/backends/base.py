@@ -9,25 +9,45 @@ from torch import Tensor
 from sparsekit import ops
 from sparsekit.errors import Unsupported
 from sparsekit.formats import PackedWeight, WeightSpec
+from sparsekit.ops import SparseOp
 from sparsekit.registry import Registry
+
+PREFILLS = ("dense", "cusparselt", "auto")
+"""What may serve many tokens at a time: the one prepared copy, expanded into scratch where that is faster ("dense"); a
+second copy of the weight in cuSPARSELt's layout; or whichever the backend finds faster on this machine."""
 
 
 class Runner(ABC):
     """Runs one format on one backend.
 
     It derives its own layout in `prepare`, once; it replaces the canonical tensors in memory and is never saved. One
-    prepared copy serves every number of tokens.
+    prepared copy serves every number of tokens, unless the user asks for a second one by `prefill`.
+
+    Attributes:
+        format: name in `FORMATS`.
+        prefills: the members of `PREFILLS` that `prepare` knows how to serve. "auto" is always among the accepted
+            ones: a runner that lists "dense" alone has nothing to choose from.
     """
 
     format: str
+    prefills: tuple[str, ...] = ("dense",)
 
     @abstractmethod
     def why_not(self, spec: WeightSpec, device: torch.device) -> str | None:
         """Return a sentence that says why `spec` cannot run on `device`, or None if it can."""
 
     @abstractmethod
-    def prepare(self, packed: PackedWeight) -> tuple[Tensor, ...]:
-        """Return this backend's own layout of a canonical weight."""
+    def prepare(self, packed: PackedWeight, prefill: str = "dense") -> tuple[Tensor, ...]:
+        """Return this backend's own layout of a canonical weight.
+
+        Args:
+            packed: the weight.
+            prefill: a member of `prefills`, or "auto".
+        """
+
+    def second_copy_bytes(self, prepared: Sequence[Tensor]) -> int:
+        """Return how many bytes of `prepared` are a second copy of the weight, kept for prefill."""
+        return 0
 
     @abstractmethod
     def restore(self, spec: WeightSpec, prepared: tuple[Tensor, ...]) -> PackedWeight:
@@ -67,15 +87,26 @@ class Backend:
         """Names of the formats it has a path for."""
         return tuple(self._runners)
 
-    def why_not(self, spec: WeightSpec, device: torch.device) -> str | None:
+    def why_not(self, spec: WeightSpec, device: torch.device, prefill: str = "dense") -> str | None:
         """Return a sentence that says why this backend cannot run `spec` on `device`, or None if it can."""
         if spec.format not in self._runners:
             return f"it has no path for format {spec.format!r}"
-        return self._runners[spec.format].why_not(spec, device)
+        runner = self._runners[spec.format]
+        if prefill not in ("auto", *runner.prefills):
+            return f"it has no {prefill!r} path for prefill, only {', '.join(map(repr, runner.prefills))}"
+        return runner.why_not(spec, device)
 
-    def prepare(self, packed: PackedWeight) -> tuple[Tensor, ...]:
-        """Return this backend's own layout of a canonical weight."""
-        return self._runners[packed.spec.format].prepare(packed)
+    def op(self, format: str) -> SparseOp:
+        """Return the operators of a format."""
+        return self._ops[format]
+
+    def prepare(self, packed: PackedWeight, prefill: str = "dense") -> tuple[Tensor, ...]:
+        """Return this backend's own layout of a canonical weight; `prefill` is a member of `PREFILLS`."""
+        return self._runners[packed.spec.format].prepare(packed, prefill)
+
+    def second_copy_bytes(self, spec: WeightSpec, prepared: tuple[Tensor, ...]) -> int:
+        """Return how many bytes of `prepared` are a second copy of the weight, kept for prefill."""
+        return self._runners[spec.format].second_copy_bytes(prepared)
 
     def restore(self, spec: WeightSpec, prepared: tuple[Tensor, ...]) -> PackedWeight:
         """Return the canonical weight, bit for bit: the inverse of `prepare`."""
@@ -97,25 +128,32 @@ class Backend:
 BACKENDS: Registry[Backend] = Registry("backend")
 
 
-def resolve(name: str, spec: WeightSpec, device: torch.device) -> tuple[Backend, dict[str, str]]:
+def resolve(
+    name: str, spec: WeightSpec, device: torch.device, prefill: str = "dense"
+) -> tuple[Backend, dict[str, str]]:
     """Return the backend that runs `spec` on `device`, and what the ones asked before it answered.
 
     Args:
         name: a name in `BACKENDS`, or "auto" for the first that can.
+        prefill: a member of `PREFILLS`.
     Raises:
-        ValueError: no backend has this name.
+        ValueError: no backend has this name, or `prefill` is none.
         Unsupported: the named backend cannot run here; the message has its answer.
     """
+    if prefill not in PREFILLS:
+        raise ValueError(f"prefill={prefill!r} is none of {', '.join(map(repr, PREFILLS))}")
+    remedy = "Use backend='auto'" + ("" if prefill in ("dense", "auto") else " or prefill='dense'")
     if name != "auto":
         backend = BACKENDS.get(name)
-        reason = backend.why_not(spec, device)
+        reason = backend.why_not(spec, device, prefill)
         if reason:
-            raise Unsupported(f"backend {name!r} cannot run {spec} on {device}: {reason}. Use backend='auto'.")
+            raise Unsupported(f"backend {name!r} cannot run {spec} on {device}: {reason}. {remedy}.")
         return backend, {}
     reasons: dict[str, str] = {}
     for candidate_name, candidate in BACKENDS.items():
-        reason = candidate.why_not(spec, device)
+        reason = candidate.why_not(spec, device, prefill)
         if reason is None:
             return candidate, reasons
         reasons[candidate_name] = reason
-    raise Unsupported(f"no backend runs {spec} on {device}: {reasons}")
+    answers = "; ".join(f"{backend}: {reason}" for backend, reason in reasons.items())
+    raise Unsupported(f"no backend runs {spec} on {device} with prefill={prefill!r}: {answers}")

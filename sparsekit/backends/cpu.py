@@ -19,7 +19,7 @@ class Semi24Runner(Runner):
             return f"it runs on the CPU, the weight is on {device}"
         return cpu.why_not(spec.dtype)
 
-    def prepare(self, packed: PackedWeight) -> tuple[Tensor, ...]:
+    def prepare(self, packed: PackedWeight, prefill: str = "dense") -> tuple[Tensor, ...]:
         return cpu.prepare(packed.tensors["values"], packed.tensors["meta"])
 
     def restore(self, spec: WeightSpec, prepared: tuple[Tensor, ...]) -> PackedWeight:

@@ -20,7 +20,7 @@ class Semi24Runner(Runner):
     def why_not(self, spec: WeightSpec, device: torch.device) -> str | None:
         return cusparselt.why_not(spec.dtype, spec.out_features, spec.in_features, device)
 
-    def prepare(self, packed: PackedWeight) -> tuple[Tensor, ...]:
+    def prepare(self, packed: PackedWeight, prefill: str = "dense") -> tuple[Tensor, ...]:
         return cusparselt.prepare(packed.tensors["values"], packed.tensors["meta"], packed.spec.in_features)
 
     def restore(self, spec: WeightSpec, prepared: tuple[Tensor, ...]) -> PackedWeight:

@@ -19,7 +19,7 @@ class ReferenceRunner(Runner):
     def why_not(self, spec: WeightSpec, device: torch.device) -> str | None:
         return None
 
-    def prepare(self, packed: PackedWeight) -> tuple[Tensor, ...]:
+    def prepare(self, packed: PackedWeight, prefill: str = "dense") -> tuple[Tensor, ...]:
         return tuple(packed.tensors.values())
 
     def restore(self, spec: WeightSpec, prepared: tuple[Tensor, ...]) -> PackedWeight:

@@ -27,7 +27,7 @@ class Semi24Runner(Runner):
     def why_not(self, spec: WeightSpec, device: torch.device) -> str | None:
         return target.why_not(device)
 
-    def prepare(self, packed: PackedWeight) -> tuple[Tensor, ...]:
+    def prepare(self, packed: PackedWeight, prefill: str = "dense") -> tuple[Tensor, ...]:
         return packed.tensors["values"].contiguous(), packed.tensors["meta"].contiguous()
 
     def restore(self, spec: WeightSpec, prepared: tuple[Tensor, ...]) -> PackedWeight:

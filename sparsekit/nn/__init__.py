@@ -1,6 +1,16 @@
 """Modules that run packed weights, and how they take the places of dense ones."""
 
+from sparsekit.nn.fused import FusedGroup, fuse_
 from sparsekit.nn.replace import dense_layer, replace_layer_, sparse_layers, unwrapped, warn_of_fallbacks
 from sparsekit.nn.sparse_linear import SparseLinear
 
-__all__ = ["SparseLinear", "dense_layer", "replace_layer_", "sparse_layers", "unwrapped", "warn_of_fallbacks"]
+__all__ = [
+    "FusedGroup",
+    "SparseLinear",
+    "dense_layer",
+    "fuse_",
+    "replace_layer_",
+    "sparse_layers",
+    "unwrapped",
+    "warn_of_fallbacks",
+]

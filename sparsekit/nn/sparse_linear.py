@@ -1,7 +1,10 @@
 """The module that runs one packed weight."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn as nn
@@ -11,6 +14,29 @@ from sparsekit.backends import BACKENDS, resolve
 from sparsekit.errors import CheckpointError, NonFiniteError, Unsupported
 from sparsekit.formats import FORMATS, PackedWeight, WeightSpec
 from sparsekit.formats.base import with_dtype
+from sparsekit.ops import SparseOp
+
+if TYPE_CHECKING:
+    from sparsekit.nn.fused import FusedGroup
+
+_is_autocast_on_anywhere = torch._C._is_any_autocast_enabled  # half the price of asking for one device
+
+
+@dataclass(frozen=True)
+class Share:
+    """A layer's part in a weight that several layers hold together, see `sparsekit.nn.fused`.
+
+    Attributes:
+        group: who runs it.
+        index: the layer's place in the group.
+        first_row: where its rows begin.
+        spec: of the whole.
+    """
+
+    group: FusedGroup
+    index: int
+    first_row: int
+    spec: WeightSpec
 
 
 class SparseLinear(nn.Linear):
@@ -20,13 +46,15 @@ class SparseLinear(nn.Linear):
     checkpoint is read, on the meta device too. *Prepared*: the backend's own layout has replaced them, and only it is
     in memory. `state_dict` always speaks canonical. `to()` converts through the canonical layout where the device or
     dtype changes, and prepares again. Under autocast the product is computed in the weight's dtype and returned in
-    autocast's.
+    autocast's. A *fused* layer is a prepared one whose tensors hold other layers' rows too.
 
     Attributes:
         spec: format, shape and dtype of the weight.
         requested_backend: what was asked for, "auto" or a name.
+        prefill: what was asked for, see `sparsekit.backends.PREFILLS`.
         backend: name of the backend in use; empty before `prepare_`.
         reasons: backend name -> why it was passed over.
+        fusion: with which layers it shares a launch, or why it does not; empty where nobody asked.
         dense_requires_grad: whether the dense weight that `unpack_` builds shall want gradients.
         source: class of the layer this one stands for, "Linear" or "Conv1D"; `unpack_` builds that one.
     """
@@ -40,6 +68,7 @@ class SparseLinear(nn.Linear):
         *,
         bias: bool = True,
         backend: str = "auto",
+        prefill: str = "dense",
         source: str = "Linear",
         device: torch.device | str | None = None,
     ) -> None:
@@ -47,9 +76,13 @@ class SparseLinear(nn.Linear):
         nn.Module.__init__(self)  # nn.Linear's own would allocate the dense weight
         self.spec = spec
         self.in_features, self.out_features = spec.in_features, spec.out_features
-        self.requested_backend, self.backend, self.source = backend, "", source
-        self.reasons, self.dense_requires_grad = {}, True
+        self.requested_backend, self.prefill, self.source = backend, prefill, source
+        self.backend, self.reasons, self.fusion = "", {}, ""
+        self.dense_requires_grad = True
+        self._op: SparseOp | None = None
         self._prepared_names: tuple[str, ...] = ()
+        self._share: Share | None = None
+        self._group: FusedGroup | None = None
         for name, (shape, dtype) in FORMATS.get(spec.format).parts(spec).items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
         if bias:
@@ -65,13 +98,15 @@ class SparseLinear(nn.Linear):
         *,
         format: str = "semi24",
         backend: str = "auto",
+        prefill: str = "dense",
         source: str = "Linear",
         scales: Tensor | None = None,
-    ) -> "SparseLinear":
+    ) -> SparseLinear:
         """Return a layer, ready to run, for a weight that obeys the format's pattern.
 
         Args:
             scales: the grid of a quantised format; None lets the format choose.
+            prefill: "dense", "cusparselt" or "auto", see `pack_`.
         Raises:
             PatternError: it does not; the message says in how many groups.
             NonFiniteError: it holds NaN or infinity.
@@ -80,8 +115,8 @@ class SparseLinear(nn.Linear):
         if not bool(torch.isfinite(w_NK).all()):
             raise NonFiniteError("the weight holds NaN or infinity: mend it before packing")
         packed = FORMATS.get(format).pack(w_NK.detach(), scales)
-        resolve(backend, packed.spec, w_NK.device)
-        layer = cls(packed.spec, bias=False, backend=backend, source=source, device="meta")
+        resolve(backend, packed.spec, w_NK.device, prefill)
+        layer = cls(packed.spec, bias=False, backend=backend, prefill=prefill, source=source, device="meta")
         layer._set_canonical(packed)
         if bias is not None:
             layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias.detach().clone())
@@ -90,44 +125,73 @@ class SparseLinear(nn.Linear):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Module, format: str = "semi24", backend: str = "auto", scales: Tensor | None = None
-    ) -> "SparseLinear":
+        cls,
+        linear: nn.Module,
+        format: str = "semi24",
+        backend: str = "auto",
+        scales: Tensor | None = None,
+        prefill: str = "dense",
+    ) -> SparseLinear:
         """Return the packed equal of an `nn.Linear` or a transformers `Conv1D`; raises as `from_dense`."""
         source = "Conv1D" if type(linear).__name__ == "Conv1D" else "Linear"
         weight = cast(Tensor, linear.weight).detach()
         w_NK = weight.t() if source == "Conv1D" else weight
         bias = cast(Tensor | None, linear.bias)
-        layer = cls.from_dense(w_NK, bias, format=format, backend=backend, source=source, scales=scales)
+        layer = cls.from_dense(
+            w_NK, bias, format=format, backend=backend, prefill=prefill, source=source, scales=scales
+        )
         layer.dense_requires_grad = cast(Tensor, linear.weight).requires_grad
         return layer.train(linear.training)
 
-    def prepare_(self) -> "SparseLinear":
+    def prepare_(self) -> SparseLinear:
         """Choose the backend and bring the weight into its layout; nothing happens where that is done already.
 
         Raises:
             CheckpointError: the canonical tensors are not a legal weight of this format.
             Unsupported: the requested backend cannot run here.
         """
-        if self.is_prepared:
+        if self.is_prepared or self.device.type == "meta" or (self._group is not None and self._group.fuse_()):
             return self
         packed = self.packed()
-        device = packed.tensors[next(iter(packed.tensors))].device
-        if device.type == "meta":
-            return self
         FORMATS.get(self.spec.format).validate(packed)
-        chosen, self.reasons = resolve(self.requested_backend, self.spec, device)
-        prepared = chosen.prepare(packed)
-        self._set_prepared(prepared, chosen.name)
+        chosen, self.reasons = resolve(self.requested_backend, self.spec, self.device, self.prefill)
+        self._set_prepared(chosen.prepare(packed, self.prefill), chosen.name)
         return self
+
+    def set_prefill_(self, prefill: str) -> SparseLinear:
+        """Prepare the weight anew for another `prefill`; a layer that is fused leaves its group.
+
+        Raises:
+            Unsupported: the requested backend has no such path. Nothing has changed.
+        """
+        if prefill != self.prefill:
+            resolve(self.requested_backend, self.spec, self.device, prefill)
+            if self._group is not None:
+                self._group.disband_()
+            self._set_canonical(self.packed())
+            self.prefill = prefill
+        return self.prepare_()
 
     @property
     def is_prepared(self) -> bool:
-        return bool(self._prepared_names)
+        return self._op is not None
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether its product is computed together with other layers'."""
+        return self._share is not None
 
     @property
     def prepared(self) -> tuple[Tensor, ...]:
-        """The backend's own tensors; empty in the canonical state."""
-        return tuple(getattr(self, name) for name in self._prepared_names)
+        """The backend's own tensors; empty in the canonical state. Those of a fused layer hold the whole group."""
+        buffers: Any = self._buffers
+        return tuple([buffers[name] for name in self._prepared_names])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        names = self._prepared_names or tuple(FORMATS.get(self.spec.format).parts(self.spec))
+        return cast(Tensor, self._buffers[names[0]]).device
 
     @property
     def format(self) -> str:
@@ -137,20 +201,30 @@ class SparseLinear(nn.Linear):
     def packed(self) -> PackedWeight:
         """Return the weight in its canonical layout."""
         if self.is_prepared:
-            return BACKENDS.get(self.backend).restore(self.spec, self.prepared)
+            whole = BACKENDS.get(self.backend).restore(self._prepared_spec, self.prepared)
+            if not self.is_fused:
+                return whole
+            return PackedWeight(self.spec, {name: self._own_rows(part) for name, part in whole.tensors.items()})
         parts = FORMATS.get(self.spec.format).parts(self.spec)
         return PackedWeight(self.spec, {name: cast(Tensor, self._buffers[name]) for name in parts})
 
     def to_dense(self) -> Tensor:
         """Return the dense weight [N, K]: bit for bit what was packed, or what it was rounded to; +0.0 for -0.0."""
         if self.is_prepared:
-            return BACKENDS.get(self.backend).to_dense(self.spec, self.prepared)
+            w_NK = BACKENDS.get(self.backend).to_dense(self._prepared_spec, self.prepared)
+            return self._own_rows(w_NK) if self.is_fused else w_NK
         return FORMATS.get(self.spec.format).unpack(self.packed())
 
     def packed_bytes(self) -> int:
-        """Return the bytes that the weight takes in memory as it is now."""
+        """Return the bytes that the weight takes in memory as it is now, a second copy for prefill included."""
         tensors = self.prepared or tuple(self.packed().tensors.values())
-        return sum(tensor.nbytes for tensor in tensors)
+        return self._own_bytes(sum(tensor.nbytes for tensor in tensors))
+
+    def second_copy_bytes(self) -> int:
+        """Return how many of `packed_bytes` are a second copy of the weight, kept for prefill."""
+        if not self.is_prepared:
+            return 0
+        return self._own_bytes(BACKENDS.get(self.backend).second_copy_bytes(self._prepared_spec, self.prepared))
 
     def dense_bytes(self) -> int:
         """Return the bytes that the dense weight would take."""
@@ -170,61 +244,98 @@ class SparseLinear(nn.Linear):
         return read_only
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self._prepared_names:
+        if self._op is None:
             self.prepare_()
-        if input.dtype != self.spec.dtype:
-            input = self._match_dtype(input)
-        buffers: Any = self._buffers  # past nn.Module.__getattr__, which costs half a microsecond a tensor
-        prepared = tuple([buffers[name] for name in self._prepared_names])
-        output = BACKENDS.get(self.backend).linear(input, prepared, self.bias, self.spec)
-        device = output.device.type
-        return output.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else output
+        if _is_autocast_on_anywhere() or input.dtype is not self.spec.dtype:
+            return self._forward_in_autocast(input)
+        return self._linear(input, input)
+
+    def _forward_in_autocast(self, input: Tensor) -> Tensor:
+        """The product in the weight's dtype and the result in autocast's; without autocast, a dtype is a mistake."""
+        device, dtype = input.device.type, self.spec.dtype
+        enabled = torch.is_autocast_enabled(device)
+        if input.dtype != dtype and not (enabled and input.is_floating_point()):
+            raise ValueError(f"x is {input.dtype}, W is {dtype}: convert one of them, as with model.to({input.dtype})")
+        output = self._linear(input.to(dtype), input)
+        return output.to(torch.get_autocast_dtype(device)) if enabled else output
+
+    def _linear(self, x: Tensor, source: Tensor) -> Tensor:
+        """Return the product with x, which is `source`, the input, in the weight's dtype."""
+        share = self._share
+        if share is not None:
+            return share.group.linear(self, share, x, source)
+        # Past nn.Module.__getattr__, which costs half a microsecond a tensor.
+        buffers: Any = self._buffers
+        weight = [buffers[name] for name in self._prepared_names]
+        return cast(SparseOp, self._op).linear(x, weight, self.own_bias(), self.out_features, self.in_features)
+
+    def own_bias(self) -> Tensor | None:
+        """Return `bias`, by the short way where there is one: a parametrized bias is no parameter."""
+        parameters = self._parameters
+        return parameters["bias"] if "bias" in parameters else self.bias
 
     def extra_repr(self) -> str:
         backend = self.backend or f"{self.requested_backend}, not prepared"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"format={self.spec.format}, backend={backend}"
+            + (f", prefill={self.prefill}" if self.prefill != "dense" else "")
+            + (f", fused {self.fusion}" if self.is_fused else "")
         )
 
-    def _match_dtype(self, x: Tensor) -> Tensor:
-        """Under autocast the weight's dtype decides; elsewhere a mismatch is a mistake, as in `nn.Linear`."""
-        if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
-            return x.to(self.spec.dtype)
-        raise ValueError(f"x is {x.dtype}, W is {self.spec.dtype}: convert one of them, as with model.to({x.dtype})")
+    @property
+    def _prepared_spec(self) -> WeightSpec:
+        return self.spec if self._share is None else self._share.spec
+
+    def _own_rows(self, tensor: Tensor) -> Tensor:
+        """This layer's rows of a tensor of its group, in memory of their own."""
+        share = cast(Share, self._share)
+        return tensor.narrow(0, share.first_row, self.out_features).clone()
+
+    def _own_bytes(self, nbytes: int) -> int:
+        """This layer's share of the bytes of its group; the shares add up to the whole."""
+        if self._share is None:
+            return nbytes
+        before, N = self._share.first_row, self._share.spec.out_features
+        return nbytes * (before + self.out_features) // N - nbytes * before // N
 
     def _set_canonical(self, packed: PackedWeight) -> None:
         for name in self._prepared_names:
             del self._buffers[name]
             self._non_persistent_buffers_set.discard(name)
-        self._prepared_names, self.backend = (), ""
+        self._prepared_names, self.backend, self._op, self._share = (), "", None, None
         self.spec = packed.spec
         for name, tensor in packed.tensors.items():
             self._buffers[name] = tensor
 
-    def _set_prepared(self, prepared: tuple[Tensor, ...], backend: str) -> None:
+    def _set_prepared(self, prepared: tuple[Tensor, ...], backend: str, share: Share | None = None) -> None:
         for name in FORMATS.get(self.spec.format).parts(self.spec):
             self._buffers[name] = None
         self._prepared_names = tuple(f"prepared_{i}" for i in range(len(prepared)))
         for name, tensor in zip(self._prepared_names, prepared, strict=True):
             self.register_buffer(name, tensor, persistent=False)
-        self.backend = backend
+        self.backend, self._op, self._share = backend, BACKENDS.get(backend).op(self.spec.format), share
 
     # What nn.Module does with buffers, through the canonical layout.
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseLinear":
-        probe = torch.empty(0, dtype=self.spec.dtype, device=self._device())
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
+        probe = torch.empty(0, dtype=self.spec.dtype, device=self.device)
         moved = fn(probe)
-
         if moved.device == probe.device and moved.dtype == probe.dtype:
             super()._apply(lambda tensor: _moved(fn, tensor), recurse)
+            if self._share is not None:
+                self._share.group.share_({name: self._buffers[name] for name in self._prepared_names})
             return self
         spec = with_dtype(self.spec, moved.dtype)
         if moved.dtype not in FORMATS.get(self.format).dtypes:
             raise Unsupported(f"{self.format} does not hold {moved.dtype}: call sparsekit.unpack_(model) first")
         was_prepared = self.is_prepared
         if was_prepared and moved.device.type != "meta":
-            resolve(self.requested_backend, spec, moved.device)  # raises before anything has changed
+            resolve(self.requested_backend, spec, moved.device, self.prefill)  # raises before anything has changed
+        if self._group is not None and moved.device.type == "meta":
+            self._group.disband_()
+        elif self._share is not None:
+            self._share.group.dissolve_()
         there = {name: _moved(fn, tensor) for name, tensor in self.packed().tensors.items()}
         packed = PackedWeight(self.spec, {name: tensor.to(moved.device) for name, tensor in there.items()})
         if moved.dtype != probe.dtype:
@@ -233,11 +344,10 @@ class SparseLinear(nn.Linear):
             self._buffers[name] = None
         super()._apply(fn, recurse)
         self._set_canonical(packed)
+        if self._group is not None:
+            self._group.fuse_()  # once the last of the group has come; one that was moved alone prepares when it runs
+            return self
         return self.prepare_() if was_prepared else self
-
-    def _device(self) -> torch.device:
-        names = self._prepared_names or tuple(FORMATS.get(self.spec.format).parts(self.spec))
-        return cast(Tensor, self._buffers[names[0]]).device
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if self.bias is not None:
@@ -264,10 +374,12 @@ class SparseLinear(nn.Linear):
             return
         # All or nothing: half of a weight, or a damaged one, leaves this layer as it was. Loading writes in place and
         # `restore` may hand out the prepared tensors themselves, so it goes into a copy.
-        prepared, backend, bias = self.prepared, self.backend, self.bias
+        before, bias = self.packed(), self.bias
         bias_values = None if bias is None else bias.detach().clone()
         num_errors = len(error_msgs)
-        copies = {name: part.clone() for name, part in self.packed().tensors.items()}
+        if self._share is not None:
+            self._share.group.dissolve_()
+        copies = {name: part.clone() for name, part in before.tensors.items()}
         self._set_canonical(PackedWeight(self.spec, copies))
         super()._load_from_state_dict(*arguments)
         try:
@@ -276,7 +388,8 @@ class SparseLinear(nn.Linear):
         except CheckpointError as error:
             error_msgs.append(f"{prefix.removesuffix('.')}: {error}")
         if not self.is_prepared:
-            self._set_prepared(prepared, backend)
+            self._set_canonical(before)
+            self.prepare_()
         if len(error_msgs) > num_errors and bias is not None and bias_values is not None:
             self.bias = bias
             with torch.no_grad():

@@ -1,0 +1,240 @@
+"""Layers that read the same input, as q, k and v of an attention do, run by one product.
+
+Their packed weights are stacked along N into one, which the backend prepares as it prepares any other; every layer of
+the group holds these same tensors and knows which rows are its own, so there is no second copy. Each row of a product
+is its own sum, so the numbers are those of the layers apart wherever the kernel adds in an order that does not depend
+on N.
+
+The layers stay where they are, under their names, and are called one after the other by code that knows nothing of
+this. The first one called computes the product for all and keeps it; each of the others takes its columns, once, if it
+is called with the very same tensor, unwritten since (`Tensor._version`), in the same gradient mode. Else it computes
+anew: the worst that can happen is time. Nothing is kept once all have taken theirs, so a compiler that looks through
+the calls sees one operator, three slices, and no state left behind.
+
+Inference tensors have no version, and a compiler does not show it. There the product is shared only while no hook on a
+layer of the group could write to x between the calls; between them, the classes in `SAME_INPUT` do not.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsekit.backends import BACKENDS, resolve
+from sparsekit.errors import Unsupported
+from sparsekit.formats import FORMATS, PackedWeight, WeightSpec
+from sparsekit.nn.sparse_linear import Share, SparseLinear
+
+_QKV, _GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+_LLAMA_LIKE = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3", "SmolLM3", "Granite")
+SAME_INPUT: dict[str, tuple[str, ...]] = {
+    **{f"{family}Attention": _QKV for family in (*_LLAMA_LIKE, "Mixtral", "OPT")},
+    **{f"{family}MLP": _GATE_UP for family in _LLAMA_LIKE},
+    **{f"{family}SelfAttention": ("query", "key", "value") for family in ("Bert", "Roberta", "XLMRoberta", "Electra")},
+    "DistilBertSelfAttention": ("q_lin", "k_lin", "v_lin"),
+}
+"""Class of transformers -> the layers that its forward calls with the same tensor, which it does not write to."""
+
+ALIGNMENT = 16
+"""Rows of each layer come in multiples of this, so that every slice of the product starts where vectors do."""
+
+
+def fuse_(model: nn.Module) -> dict[str, str]:
+    """Fuse the packed layers of `model` that read the same input, in the classes of `SAME_INPUT`.
+
+    Layers behind an adapter (`base_layer`) are found too. Every layer of a group says in `fusion` what became of it.
+
+    Returns:
+        "parent: q_proj, k_proj, v_proj" -> why this group stays apart.
+    """
+    refused: dict[str, str] = {}
+    for parent_name, names, layers in _groups(model):
+        if any(layer.is_fused for layer in layers.values()):
+            continue
+        reason = next((f"{name} is not packed" for name in names if name not in layers), None)
+        if reason is None:
+            group = FusedGroup(tuple(names), tuple(layers[name] for name in names))
+            reason = group.why_not()
+            if reason is None:
+                group.fuse_()
+        if reason is not None:
+            refused[f"{parent_name}: {', '.join(names)}"] = reason
+            for layer in layers.values():
+                layer.fusion = f"apart: {reason}"
+    return refused
+
+
+def _groups(model: nn.Module) -> Iterator[tuple[str, tuple[str, ...], dict[str, SparseLinear]]]:
+    """Yield (name of the parent, names of the layers of a group, those of them that are packed)."""
+    for parent_name, parent in model.named_modules():
+        names = SAME_INPUT.get(type(parent).__name__, ())
+        children = {name: getattr(parent, name, None) for name in names}
+        layers = {name: getattr(child, "base_layer", child) for name, child in children.items()}
+        packed = {name: layer for name, layer in layers.items() if isinstance(layer, SparseLinear)}
+        if packed:
+            yield parent_name, names, packed
+
+
+class _Product(NamedTuple):
+    """What the first layer called has left for the others.
+
+    Attributes:
+        source: the tensor that it was called with.
+        state: all else that the product depends on.
+        y: [..., N of all layers].
+        waiting: indices of the layers that have not taken theirs.
+    """
+
+    source: Tensor
+    state: tuple[object, ...]
+    y: Tensor
+    waiting: tuple[int, ...]
+
+
+class FusedGroup:
+    """Layers run by one product. It is whole, or it is dissolved and its layers stand alone.
+
+    Attributes:
+        names: of the layers, as their parent calls them.
+        members: the layers.
+    """
+
+    def __init__(self, names: tuple[str, ...], members: tuple[SparseLinear, ...]) -> None:
+        self.names, self.members = names, members
+        self._product: _Product | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_product": None}  # it may hold a gradient, which cannot be copied
+
+    def why_not(self) -> str | None:
+        """Return why these layers cannot be one, in a sentence, or None if they can."""
+        first, *others = self.members
+        for name, layer in zip(self.names, self.members, strict=True):
+            if layer.out_features % ALIGNMENT:
+                return f"{name} has {layer.out_features} rows, which is no multiple of {ALIGNMENT}"
+            shapes = FORMATS.get(layer.format).parts(layer.spec).values()
+            if any(shape[0] != layer.out_features for shape, _ in shapes):
+                return f"{layer.format} does not hold one row after the other"
+        for name, layer in zip(self.names[1:], others, strict=True):
+            if replace(layer.spec, out_features=first.out_features) != first.spec:
+                return f"{name} is {layer.spec}, {self.names[0]} is {first.spec}"
+            if layer.device != first.device:
+                return f"{name} is on {layer.device}, {self.names[0]} on {first.device}"
+            if (layer.bias is None) != (first.bias is None):
+                return f"of {name} and {self.names[0]} only one has a bias"
+            if (layer.requested_backend, layer.prefill) != (first.requested_backend, first.prefill):
+                return f"{name} and {self.names[0]} were packed with other options"
+        if first.device.type == "meta":
+            return "they are on the meta device"
+        try:
+            resolve(first.requested_backend, self._spec(), first.device, first.prefill)
+        except Unsupported as error:
+            return str(error)
+        return None
+
+    def fuse_(self) -> bool:
+        """Make the members one, and return True; or return False where `why_not` has a reason.
+
+        Raises:
+            CheckpointError: the canonical tensors of a member are not a legal weight.
+        """
+        if self.why_not() is not None:
+            return False
+        first = self.members[0]
+        parts = [layer.packed() for layer in self.members]
+        for layer, packed in zip(self.members, parts, strict=True):
+            if not layer.is_prepared:
+                FORMATS.get(layer.format).validate(packed)
+        spec = self._spec()
+        stacked = {name: torch.cat([packed.tensors[name] for packed in parts]) for name in parts[0].tensors}
+        chosen, reasons = resolve(first.requested_backend, spec, first.device, first.prefill)
+        prepared = chosen.prepare(PackedWeight(spec, stacked), first.prefill)
+        first_row = 0
+        for index, layer in enumerate(self.members):
+            layer._set_canonical(parts[index])  # drops what it had prepared for itself
+            layer._set_prepared(prepared, chosen.name, Share(self, index, first_row, spec))
+            layer.reasons, layer._group = reasons, self
+            layer.fusion = "with " + ", ".join(name for name in self.names if name != self.names[index])
+            first_row += layer.out_features
+        self._product = None
+        return True
+
+    def dissolve_(self) -> None:
+        """Give every member its own canonical tensors; those that run again before `fuse_` prepare them alone."""
+        parts = [layer.packed() for layer in self.members]
+        for layer, packed in zip(self.members, parts, strict=True):
+            layer._set_canonical(packed)
+        self._product = None
+
+    def disband_(self) -> None:
+        """Dissolve, for good."""
+        self.dissolve_()
+        for layer in self.members:
+            layer._group, layer.fusion = None, ""
+
+    def share_(self, buffers: dict[str, Tensor | None]) -> None:
+        """Let all members hold these prepared tensors."""
+        for layer in self.members:
+            layer._buffers.update(buffers)
+        self._product = None
+
+    def linear(self, layer: SparseLinear, share: Share, x: Tensor, source: Tensor) -> Tensor:
+        """Return x @ W.T + bias of one member.
+
+        Args:
+            layer: the member, or a replica of it that data parallelism made.
+            share: its part.
+            x: [..., K] in the weight's dtype.
+            source: the tensor that the layer was called with: x, before autocast.
+        """
+        if self.members[share.index] is not layer:  # the others' biases are not at hand, nor is their turn known
+            before, after = share.first_row, share.spec.out_features - share.first_row - layer.out_features
+            bias = None if layer.bias is None else F.pad(layer.bias, (before, after))
+            y = self._multiply(layer, share, x, bias)
+        else:
+            state = self._state(source)
+            kept = self._take(share.index, source, state)
+            y = self._multiply(layer, share, x, self._bias()) if kept is None else kept
+            if kept is None:
+                others = tuple(index for index in range(len(self.members)) if index != share.index)
+                self._product = None if state is None else _Product(source, state, y, others)
+        return y.narrow(-1, share.first_row, layer.out_features)
+
+    def _multiply(self, layer: SparseLinear, share: Share, x: Tensor, bias: Tensor | None) -> Tensor:
+        op, spec = BACKENDS.get(layer.backend).op(share.spec.format), share.spec
+        return op.linear(x, layer.prepared, bias, spec.out_features, spec.in_features)
+
+    def _take(self, index: int, source: Tensor, state: tuple[object, ...] | None) -> Tensor | None:
+        """Return the product that another member has left for this one, or None if there is none for this call."""
+        product = self._product
+        if product is None or product.source is not source or index not in product.waiting or product.state != state:
+            return None
+        waiting = tuple(other for other in product.waiting if other != index)
+        self._product = _Product(source, product.state, product.y, waiting) if waiting else None
+        return product.y
+
+    def _state(self, source: Tensor) -> tuple[object, ...] | None:
+        """Return what must be the same for a product to be right for another member; None if that cannot be known."""
+        grad = torch.is_grad_enabled()
+        read = [source, *self._biases()]
+        if torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in read):
+            hooked = any(member._forward_pre_hooks or member._forward_hooks for member in self.members)
+            return None if hooked else (grad,)
+        return grad, *[id(tensor) for tensor in read], *[tensor._version for tensor in read]
+
+    def _biases(self) -> list[Tensor]:
+        return [bias for member in self.members if (bias := member.own_bias()) is not None]
+
+    def _bias(self) -> Tensor | None:
+        """All biases, one after the other. Concatenated at each call: a copy could not know of `bias.data.copy_`."""
+        biases = self._biases()
+        if len(biases) not in (0, len(self.members)):
+            raise RuntimeError(f"a bias of {', '.join(self.names)} was taken away or added: pack the model again")
+        return torch.cat(biases) if biases else None
+
+    def _spec(self) -> WeightSpec:
+        return replace(self.members[0].spec, out_features=sum(layer.out_features for layer in self.members))
