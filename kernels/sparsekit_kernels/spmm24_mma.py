@@ -65,6 +65,71 @@ def _load_x(column, masked):
 
 
 @triton.constexpr_function
+def _from_8_bits(format, dtype, has_cvt, tile):
+    """PTX: $0-3 = the 16-bit fragment of the 32 columns `tile` (0 or 1) of the chunk $4-7, whose words hold 8 bits."""
+    x2 = f"{dtype}x2"
+    ptx = "{ .reg .b32 s, t, c, d; .reg .b16 low, high; "
+    if format == "semi24_fp8":  # what makes up for the smaller bias of the exponent, 2**8 and 2**120; and -0
+        ptx += f"mov.b32 c, {'0x5c005c00' if dtype == 'f16' else '0x7b807b80'}; mov.b32 d, 0x80008000; "
+    else:  # f16: -1152; bf16: -1
+        ptx += f"mov.b32 c, {'0xe480e480' if dtype == 'f16' else '0xbf80bf80'}; "
+    for half in (0, 1):
+        word = f"${4 + 2 * tile + half}"
+        if format == "semi24_fp8" and dtype == "f16" and has_cvt:
+            ptx += f"prmt.b32 t, {word}, 0, 0x3120; mov.b32 {{low, high}}, t; "
+            ptx += f"cvt.rn.f16x2.e4m3x2 ${2 * half}, low; cvt.rn.f16x2.e4m3x2 ${2 * half + 1}, high; "
+            continue
+        for odd in (0, 1):  # bytes 0 and 2, bytes 1 and 3
+            out = f"${2 * half + odd}"
+            if format == "semi24_fp8":  # exponent and mantissa moved to their places, and the sign
+                up, mask = (7, "0x3f803f80") if dtype == "f16" else (4, "0x07f007f0")
+                ptx += f"shl.b32 t, {word}, {up}; " if not odd else f"shr.b32 t, {word}, {8 - up}; "
+                ptx += f"and.b32 t, t, {mask}; shl.b32 s, {word}, {0 if odd else 8}; "
+                ptx += f"lop3.b32 t, s, 0x80008000, t, 0xea; fma.rn.{x2} {out}, t, c, d; "
+            elif dtype == "f16":  # the sign bit flipped below 1024: 1024 + 128 + q
+                ptx += f"shr.b32 s, {word}, {8 * odd}; lop3.b32 t, s, 0x00ff00ff, 0x64806480, 0x6a; "
+                ptx += f"add.rn.f16x2 {out}, t, c; "
+            else:  # q = the low seven bits, minus 128 if the eighth is set: (128 + low) - (128 or 256)
+                ptx += f"shr.b32 s, {word}, {8 * odd}; lop3.b32 t, s, 0x007f007f, 0x43004300, 0xea; "
+                ptx += f"lop3.b32 s, s, 0x00800080, 0x43004300, 0xea; fma.rn.bf16x2 {out}, s, c, t; "
+    return ptx + "}"
+
+
+@triton.constexpr_function
+def _from_4_bits(dtype, tile):
+    """PTX: $0-3 = the 16-bit fragment of the 32 columns `tile` (0 to 3) of the chunk $4-7, word `tile` of it."""
+    ptx = "{ .reg .b32 s, t, c, d, e, f; "
+    if dtype == "bf16":  # 128 + u, times 1, minus 136
+        ptx += "mov.b32 c, 0x3f803f80; mov.b32 d, 0xc308c308; "
+        for r in range(4):
+            ptx += f"shr.b32 s, ${4 + tile}, {4 * r}; lop3.b32 t, s, 0x000f000f, 0x43004300, 0xea; "
+            ptx += f"fma.rn.bf16x2 ${r}, t, c, d; "
+        return ptx + "}"
+    # 1024 + u, minus 1032; and 1024 + 16 u, by 16, minus 72: two nibbles for one shift
+    ptx += "mov.b32 c, 0xe408e408; mov.b32 d, 0x2c002c00; mov.b32 e, 0xd480d480; "
+    for r in (0, 2):
+        ptx += f"shr.b32 s, ${4 + tile}, {4 * r}; lop3.b32 t, s, 0x000f000f, 0x64006400, 0xea; "
+        ptx += f"add.rn.f16x2 ${r}, t, c; lop3.b32 t, s, 0x00f000f0, 0x64006400, 0xea; fma.rn.f16x2 ${r + 1}, t, d, e; "
+    return ptx + "}"
+
+
+@triton.constexpr_function
+def _load_scales():
+    """PTX: $0 and $1 = the scales of the two times 128 columns of a step, of rows g and g + 8; $4 is their address."""
+    return "ld.global.nc.b32 $0, [$4]; ld.global.nc.b32 $1, [$4+32]; mov.b32 $2, 0; mov.b32 $3, 0;"
+
+
+@triton.constexpr_function
+def _add_scaled(b):
+    """PTX: $0-3 = the sums $4-7 times the bf16 scales in word b of $12-15, plus $8-11."""
+    return (
+        f"{{ .reg .b32 low, high; shl.b32 low, ${12 + b}, 16; and.b32 high, ${12 + b}, 0xffff0000; "
+        "fma.rn.f32 $0, $4, low, $8; fma.rn.f32 $1, $5, low, $9; "
+        "fma.rn.f32 $2, $6, high, $10; fma.rn.f32 $3, $7, high, $11; }"
+    )
+
+
+@triton.constexpr_function
 def _log2(n):
     return n.bit_length() - 1
 
@@ -77,14 +142,24 @@ def _block(first_tile, step, num_tiles, num_steps):
 
 
 @gluon.jit
-def _load_metadata(metadata_ptr, first_tile, step, num_tiles, num_steps, ROW_TILES: gl.constexpr):
-    """A tuple: for each row tile the metadata of a step."""
+def _load_metadata(
+    metadata_ptr, scales_ptr, first_tile, step, num_tiles, num_steps, FORMAT: gl.constexpr, ROW_TILES: gl.constexpr
+):
+    """A tuple: for each row tile the metadata of a step, and then, for int4, for each row tile its scales."""
     i = gl.arange(0, first_tile.shape[0], first_tile.type.layout) % 128
-    metadata = ()
+    loaded = ()
     for r in gl.static_range(ROW_TILES):
         address = metadata_ptr + _block(first_tile + r, step, num_tiles, num_steps) * 128 + i
-        metadata = metadata + (gl.load(address, eviction_policy="evict_first"),)
-    return metadata
+        loaded = loaded + (gl.load(address, eviction_policy="evict_first"),)
+    if FORMAT == "semi24_int4":
+        for r in gl.static_range(ROW_TILES):
+            address = scales_ptr + _block(first_tile + r, step, num_tiles, num_steps) * 16 + i // 16
+            scales = gl.inline_asm_elementwise(
+                _load_scales(), "=&r,=&r,=&r,=&r,l,l,l,l", [address.to(gl.int64, bitcast=True)],
+                dtype=gl.int32, is_pure=True, pack=4,
+            )  # fmt: skip
+            loaded = loaded + (scales,)
+    return loaded
 
 
 @gluon.jit
@@ -130,9 +205,38 @@ def _multiply_columns(
 
 
 @gluon.jit
+def _to_16_bits(chunk, c: gl.constexpr, FORMAT: gl.constexpr, DTYPE: gl.constexpr, HAS_CVT: gl.constexpr):
+    """The fragment of the 32 columns number c of a step, from the chunk that holds it."""
+    fragment = chunk
+    if FORMAT == "semi24_int4":
+        fragment = gl.inline_asm_elementwise(
+            _from_4_bits(DTYPE, c % 4), "=&r,=&r,=&r,=&r,r,r,r,r", [chunk], dtype=gl.int32, is_pure=True, pack=4
+        )
+    elif FORMAT != "semi24":
+        fragment = gl.inline_asm_elementwise(
+            _from_8_bits(FORMAT, DTYPE, HAS_CVT, c % 2), "=&r,=&r,=&r,=&r,r,r,r,r", [chunk],
+            dtype=gl.int32, is_pure=True, pack=4,
+        )  # fmt: skip
+    return fragment
+
+
+@gluon.jit
+def _scale_group(sums, group, metadata, b: gl.constexpr, ROW_TILES: gl.constexpr):
+    """`sums` plus `group`, the sums of 128 columns, scaled; their scales lie behind the metadata."""
+    new = ()
+    for s in gl.static_range(len(sums)):
+        total = gl.inline_asm_elementwise(
+            _add_scaled(b), "=&f,=&f,=&f,=&f,f,f,f,f,f,f,f,f,r,r,r,r",
+            [group[s], sums[s], metadata[ROW_TILES + s % ROW_TILES]], dtype=gl.float32, is_pure=True, pack=4,
+        )  # fmt: skip
+        new = new + (total,)
+    return new
+
+
+@gluon.jit
 def _step(
     sums, chunks, metadata, x_addresses, columns_left,
-    fragments_ptr, metadata_ptr, first_tile, step, next_step, num_tiles, num_steps,
+    fragments_ptr, metadata_ptr, scales_ptr, first_tile, step, next_step, num_tiles, num_steps,
     FORMAT: gl.constexpr, DTYPE: gl.constexpr, ORDERED: gl.constexpr, HAS_CVT: gl.constexpr,
     NUM_CHUNKS: gl.constexpr, ROW_TILES: gl.constexpr, AHEAD: gl.constexpr, LAST: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
@@ -152,17 +256,31 @@ def _step(
                 fragments_ptr, first_tile, step, num_tiles, num_steps, first + AHEAD, AHEAD, NUM_CHUNKS, ROW_TILES
             )
         elif not LAST:
-            next_metadata = _load_metadata(metadata_ptr, first_tile, next_step, num_tiles, num_steps, ROW_TILES)
+            next_metadata = _load_metadata(
+                metadata_ptr, scales_ptr, first_tile, next_step, num_tiles, num_steps, FORMAT, ROW_TILES
+            )
             next_chunks = _load_chunks(
                 fragments_ptr, first_tile, next_step, num_tiles, num_steps, 0, AHEAD, NUM_CHUNKS, ROW_TILES
             )
         for c in gl.static_range(first * 8 // NUM_CHUNKS, (first + AHEAD) * 8 // NUM_CHUNKS):
             fragments = ()
             for r in gl.static_range(ROW_TILES):
-                fragments = fragments + (chunks[r * AHEAD + c * NUM_CHUNKS // 8 - first],)
-            sums = _multiply_columns(
-                sums, fragments, metadata, addresses, columns_left, c, DTYPE, ORDERED, ROW_TILES, MASKED
-            )
+                chunk = chunks[r * AHEAD + c * NUM_CHUNKS // 8 - first]
+                fragments = fragments + (_to_16_bits(chunk, c, FORMAT, DTYPE, HAS_CVT),)
+            if FORMAT == "semi24_int4":  # each 128 columns have their own sums, until they are scaled
+                if c % 4 == 0:
+                    group = ()
+                    for s in gl.static_range(len(sums)):
+                        group = group + (gl.zeros_like(sums[s]),)
+                group = _multiply_columns(
+                    group, fragments, metadata, addresses, columns_left, c, DTYPE, ORDERED, ROW_TILES, MASKED
+                )
+                if c % 4 == 3:
+                    sums = _scale_group(sums, group, metadata, c // 4, ROW_TILES)
+            else:
+                sums = _multiply_columns(
+                    sums, fragments, metadata, addresses, columns_left, c, DTYPE, ORDERED, ROW_TILES, MASKED
+                )
         chunks = next_chunks
     return sums, chunks, next_metadata
 
@@ -256,19 +374,19 @@ def _spmm24_mma_kernel(
             sums = sums + (gl.zeros((128 * WARPS,), gl.float32, OPERAND),)
 
     step = first_step
-    metadata = _load_metadata(metadata_ptr, first_tile, step, num_tiles, num_steps, ROW_TILES)
+    metadata = _load_metadata(metadata_ptr, scales_ptr, first_tile, step, num_tiles, num_steps, FORMAT, ROW_TILES)
     chunks = _load_chunks(fragments_ptr, first_tile, step, num_tiles, num_steps, 0, AHEAD, NUM_CHUNKS, ROW_TILES)
     for _ in range(1, (num_steps + WARPS_K * SPLIT_K - 1) // (WARPS_K * SPLIT_K)):
         next_step = step + WARPS_K * SPLIT_K
         sums, chunks, metadata = _step(
             sums, chunks, metadata, x_addresses, K - quad_column,
-            fragments_ptr, metadata_ptr, first_tile, step, next_step, num_tiles, num_steps,
+            fragments_ptr, metadata_ptr, scales_ptr, first_tile, step, next_step, num_tiles, num_steps,
             FORMAT, DTYPE, ORDERED, HAS_CVT, NUM_CHUNKS, ROW_TILES, AHEAD, False, False,
         )  # fmt: skip
         step = next_step
     sums, chunks, metadata = _step(
         sums, chunks, metadata, x_addresses, K - quad_column,
-        fragments_ptr, metadata_ptr, first_tile, step, step, num_tiles, num_steps,
+        fragments_ptr, metadata_ptr, scales_ptr, first_tile, step, step, num_tiles, num_steps,
         FORMAT, DTYPE, ORDERED, HAS_CVT, NUM_CHUNKS, ROW_TILES, AHEAD, True, not EVEN,
     )  # fmt: skip
 
@@ -335,12 +453,26 @@ class Config:
 
 # By format, then by the most tokens they serve. Chosen from registers and instructions in the machine code of sm_90 so
 # that every warp has four or more 16-byte loads under way; not yet measured.
+EIGHT_BITS = {
+    8: Config(TOKENS=8, ROW_TILES=1, AHEAD=4, WARPS_N=1, WARPS_K=8),
+    16: Config(TOKENS=16, ROW_TILES=2, AHEAD=4, WARPS_N=1, WARPS_K=8),
+    32: Config(TOKENS=32, ROW_TILES=2, AHEAD=2, WARPS_N=2, WARPS_K=4),
+    64: Config(TOKENS=64, ROW_TILES=2, AHEAD=2, WARPS_N=4, WARPS_K=2),
+}
 CONFIGS = {
     "semi24": {
         8: Config(TOKENS=8, ROW_TILES=1, AHEAD=8, WARPS_N=1, WARPS_K=8),
         16: Config(TOKENS=16, ROW_TILES=2, AHEAD=4, WARPS_N=1, WARPS_K=8),
         32: Config(TOKENS=32, ROW_TILES=2, AHEAD=4, WARPS_N=2, WARPS_K=4),
         64: Config(TOKENS=64, ROW_TILES=2, AHEAD=4, WARPS_N=4, WARPS_K=2),
+    },
+    "semi24_fp8": EIGHT_BITS,
+    "semi24_int8": EIGHT_BITS,
+    "semi24_int4": {
+        8: Config(TOKENS=8, ROW_TILES=2, AHEAD=2, WARPS_N=1, WARPS_K=8),
+        16: Config(TOKENS=16, ROW_TILES=2, AHEAD=2, WARPS_N=1, WARPS_K=8),
+        32: Config(TOKENS=32, ROW_TILES=2, AHEAD=2, WARPS_N=2, WARPS_K=4),
+        64: Config(TOKENS=64, ROW_TILES=2, AHEAD=2, WARPS_N=4, WARPS_K=2),
     },
 }
 
@@ -374,6 +506,30 @@ def spmm24(
         RuntimeError: the device of `x` cannot run this; the message says why.
     """
     return _spmm24("semi24", x, fragments, metadata, None, N, bias, activation, residual, config)
+
+
+def spmm24_fp8(
+    x: Tensor, fragments: Tensor, metadata: Tensor, scales: Tensor, N: int, bias: Tensor | None = None, *,
+    activation: str | None = None, residual: Tensor | None = None, config: Config | None = None,
+) -> Tensor:  # fmt: skip
+    """`spmm24` for e4m3 weights with `scales` float32 [N] of their rows. They are exact in the dtype of x."""
+    return _spmm24("semi24_fp8", x, fragments, metadata, scales, N, bias, activation, residual, config)
+
+
+def spmm24_int8(
+    x: Tensor, fragments: Tensor, metadata: Tensor, scales: Tensor, N: int, bias: Tensor | None = None, *,
+    activation: str | None = None, residual: Tensor | None = None, config: Config | None = None,
+) -> Tensor:  # fmt: skip
+    """`spmm24` for int8 weights with `scales` float32 [N] of their rows. They are exact in the dtype of x."""
+    return _spmm24("semi24_int8", x, fragments, metadata, scales, N, bias, activation, residual, config)
+
+
+def spmm24_int4(
+    x: Tensor, fragments: Tensor, metadata: Tensor, scales: Tensor, N: int, bias: Tensor | None = None, *,
+    activation: str | None = None, residual: Tensor | None = None, config: Config | None = None,
+) -> Tensor:  # fmt: skip
+    """`spmm24` for int4 weights, `scales` of `fragments24.prepare_scales`; the sum of 128 columns is scaled, in fp32."""
+    return _spmm24("semi24_int4", x, fragments, metadata, scales, N, bias, activation, residual, config)
 
 
 class _Kernel:
