@@ -135,10 +135,10 @@ def _algorithm(packed: Tensor, x_MK: Tensor, N: int, bias: Tensor | None) -> Alg
         if tuning.may_measure(x_MK.device):
             algorithm = _search(packed, x_MK, bias)
             tuning.store(key, {KERNEL: tuning.Measured(None, dict(zip(CONFIG, algorithm, strict=True)))}, x_MK.device)
-        elif tuning.is_switched_off():
-            algorithm = DEFAULT_ALGORITHM
         else:
-            return DEFAULT_ALGORITHM  # for now
+            algorithm = DEFAULT_ALGORITHM
+            if tuning.may_ever_measure(x_MK.device):
+                return algorithm  # for now
     _algorithms[shape] = algorithm
     return algorithm
 

@@ -1,9 +1,8 @@
 """Which kernel runs which shape: times measured on this type of GPU, kept in tables, and how they are taken.
 
 **The table.** A table says, for one type of GPU, how long every kernel took on a weight [N, K] and M tokens. It is one
-JSON file, `configs/<gpu>.times.json` here for the types that were measured (the name of the GPU in small letters and
-dashes, `nvidia-h200.times.json`; none yet), and small files of the same form in the user's cache for what was measured
-at home:
+JSON file, `configs/<gpu>.json` here for the types that were measured (the name of the GPU in small letters and dashes,
+`nvidia-h200.json`; none yet), and small files of the same form in the user's cache for what was measured at home:
 
     {"version": 1,                                     of this form; another is ignored
      "gpu": "NVIDIA H200",                             as torch names it
@@ -188,7 +187,7 @@ def known(key: Key, device: torch.device, allowed: Iterable[str], rule: str) -> 
     found = lookup(key, device)
     choice = Choice(rule, {}, "rule") if found is None else _fastest(found[0], allowed, rule, found[1])
     complete = found is not None and all(name in found[0] for name in allowed)
-    return choice._replace(lasts=complete or is_switched_off() or device.type != "cuda")
+    return choice._replace(lasts=complete or not may_ever_measure(device))
 
 
 def against_dense(
@@ -218,11 +217,13 @@ def against_dense(
 def may_measure(device: torch.device) -> bool:
     """Return whether measuring is allowed here and now."""
     return (
-        device.type == "cuda"
-        and not is_switched_off()
-        and not torch.compiler.is_compiling()
-        and not torch.cuda.is_current_stream_capturing()
+        may_ever_measure(device) and not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing()
     )
+
+
+def may_ever_measure(device: torch.device) -> bool:
+    """Return whether measuring is allowed in this process, if not now then later."""
+    return device.type == "cuda" and not is_switched_off()
 
 
 def is_switched_off() -> bool:
@@ -434,7 +435,7 @@ def _read_cache(path: Path, gpu: str) -> dict[Key, Row]:
 
 @functools.cache
 def _shipped(gpu: str) -> dict[Key, Row]:
-    path = CONFIG_DIR / f"{slug(gpu)}.times.json"
+    path = CONFIG_DIR / f"{slug(gpu)}.json"
     if not path.exists():
         return {}
     try:

@@ -56,6 +56,7 @@ def imitation(monkeypatch, tmp_path):
     monkeypatch.setattr(cusparselt, "_search", search)
     monkeypatch.setattr(cusparselt, "_algorithms", {})
     monkeypatch.setattr(tuning, "may_measure", lambda device: True)
+    monkeypatch.setattr(tuning, "may_ever_measure", lambda device: not tuning.is_switched_off())
     monkeypatch.setenv("SPARSEKIT_TUNING", str(tmp_path))
     return calls, searches
 

@@ -327,7 +327,7 @@ class TestCache:
 class TestTables:
     def ship(self, tmp_path, name="Imaginary GPU", **rows):
         document = tuning._document(name, {"torch": "2.11.0"}, {KEY: {k: Measured(us) for k, us in rows.items()}})
-        tuning._write(tmp_path / "configs" / f"{tuning.slug(name)}.times.json", document)
+        tuning._write(tmp_path / "configs" / f"{tuning.slug(name)}.json", document)
 
     def test_a_shipped_table_is_used_and_the_cache_goes_before_it(self, clock, tmp_path):
         self.ship(tmp_path, mma=5.0, decompress=3.0)
@@ -338,7 +338,7 @@ class TestTables:
 
     def test_a_damaged_table_is_spoken_of(self, clock, tmp_path):
         self.ship(tmp_path, mma=5.0)
-        (tmp_path / "configs" / "imaginary-gpu.times.json").write_text("{")
+        (tmp_path / "configs" / "imaginary-gpu.json").write_text("{")
         with pytest.warns(UserWarning, match="ignoring the shipped table"):
             assert tuning.choose(KEY, DEVICE, ["mma"], "mma", taking(mma=5)).source == "measured"
 
@@ -346,10 +346,10 @@ class TestTables:
         for M in (1, 128):
             tuning.choose(KEY._replace(M=M), DEVICE, ["mma"], "mma", taking(mma=M, dense=5))
         tuning.store(KEY._replace(format="cusparselt-search"), {"cusparselt": Measured(None, {"alg_id": 3})}, DEVICE)
-        assert tuning.export(DEVICE, tmp_path / "configs" / "imaginary-gpu.times.json") == 2, (
+        assert tuning.export(DEVICE, tmp_path / "configs" / "imaginary-gpu.json") == 2, (
             "a search is of one version only"
         )
-        gpu, measured_with, rows = tuning.read_table(tmp_path / "configs" / "imaginary-gpu.times.json")
+        gpu, measured_with, rows = tuning.read_table(tmp_path / "configs" / "imaginary-gpu.json")
         assert gpu == "Imaginary GPU" and measured_with == tuning.versions()
         assert {key.M: row["mma"].us for key, row in rows.items()} == {1: 1.0, 128: 128.0}
 
@@ -373,11 +373,11 @@ class TestTables:
 
 
 @pytest.mark.parametrize(
-    "path", sorted((Path(tuning.__file__).parent / "configs").glob("*.times.json")), ids=lambda path: path.name
+    "path", sorted((Path(tuning.__file__).parent / "configs").glob("*.json")), ids=lambda path: path.name
 )
 def test_shipped_tables_are_whole(path):
     gpu, measured_with, rows = tuning.read_table(path)
-    assert path.name == f"{tuning.slug(gpu)}.times.json" and rows
+    assert path.name == f"{tuning.slug(gpu)}.json" and rows
     assert {"torch", "triton", "cuda", "cusparselt", "kernels"} <= set(measured_with)
     for key, row in rows.items():
         assert "dense" in row and any(entry.us is not None for entry in row.values()), key
