@@ -1,6 +1,6 @@
 """The canonical block-sparse layout, bit by bit.
 
-A weight W [N, K] is cut into blocks of BN rows and BK columns, NB = ceil(N / BN) block rows of KB = ceil(K / BK) blocks.
+A weight W [N, K] is cut into blocks of BN x BK: NB = ceil(N / BN) block rows of KB = ceil(K / BK) blocks each.
 The blocks that hold a non-zero are stored, the others are zero:
 
     values       [S, BN, BK]      the stored blocks in the dtype of W, block row by block row, ascending in k
@@ -58,7 +58,7 @@ def best_block(w_NK: Tensor) -> tuple[tuple[int, int], int]:
     for BN in SIDES:
         for BK in SIDES:
             stored = int(occupied_blocks(finest, (BN // SIDES[-1], BK // SIDES[-1])).sum())
-            nbytes = block_bytes(*w_NK.shape, (BN, BK), stored, w_NK.element_size())
+            nbytes = block_bytes(w_NK.shape[0], w_NK.shape[1], (BN, BK), stored, w_NK.element_size())
             if best_bytes < 0 or nbytes < best_bytes:
                 best, best_bytes, best_stored = (BN, BK), nbytes, stored
     return best, best_stored
