@@ -1,30 +1,35 @@
-"""`cpu`: our C++ kernel, compiled on first use; AVX-512 BF16 down to portable code."""
+"""`cpu`: our C++ kernels, compiled on first use; AVX-512 BF16 and VNNI down to portable code."""
 
 from collections.abc import Sequence
 
 import torch
 from sparsekit_kernels import cpu
 from sparsekit_kernels.layout24 import decompress24
+from sparsekit_kernels.quant import dequantize24
 from torch import Tensor
 
 from sparsekit.backends.base import BACKENDS, Backend, Runner
 from sparsekit.formats import PackedWeight, WeightSpec
 
 
-class Semi24Runner(Runner):
-    format = "semi24"
-
+class CpuRunner(Runner):
     def why_not(self, spec: WeightSpec, device: torch.device) -> str | None:
         if device.type != "cpu":
             return f"it runs on the CPU, the weight is on {device}"
         return cpu.why_not(spec.dtype)
 
+    def kernel(self, spec: WeightSpec, num_tokens: int) -> str:
+        return f"{spec.format.replace('semi24', 'spmm24')}, {cpu.isa()}"
+
+
+class Semi24Runner(CpuRunner):
+    format = "semi24"
+
     def prepare(self, packed: PackedWeight, prefill: str = "dense") -> tuple[Tensor, ...]:
         return cpu.prepare(packed.tensors["values"], packed.tensors["meta"])
 
     def restore(self, spec: WeightSpec, prepared: tuple[Tensor, ...]) -> PackedWeight:
-        blocks, masks = prepared
-        values, meta = cpu.restore(blocks, masks, spec.out_features)
+        values, meta = cpu.restore(*prepared, spec.out_features)
         return PackedWeight(spec, {"values": values, "meta": meta})
 
     def linear(self, x: Tensor, prepared: Sequence[Tensor], bias: Tensor | None, N: int, K: int) -> Tensor:
@@ -35,8 +40,48 @@ class Semi24Runner(Runner):
         blocks, masks = prepared
         return decompress24(*cpu.restore(blocks, masks, N), K)
 
-    def kernel(self, spec: WeightSpec, num_tokens: int) -> str:
-        return f"spmm24, {cpu.isa()}"
+
+class Int8Runner(CpuRunner):
+    format = "semi24_int8"
+
+    def prepare(self, packed: PackedWeight, prefill: str = "dense") -> tuple[Tensor, ...]:
+        parts = packed.tensors
+        return *cpu.prepare_int8(parts["values"], parts["meta"]), parts["scales"]
+
+    def restore(self, spec: WeightSpec, prepared: tuple[Tensor, ...]) -> PackedWeight:
+        blocks, masks, scales = prepared
+        values, meta = cpu.restore_int8(blocks, masks, spec.out_features)
+        return PackedWeight(spec, {"values": values, "meta": meta, "scales": scales})
+
+    def linear(self, x: Tensor, prepared: Sequence[Tensor], bias: Tensor | None, N: int, K: int) -> Tensor:
+        blocks, masks, scales = prepared
+        return cpu.spmm24_int8(x, blocks, masks, scales, N, bias)
+
+    def dense(self, prepared: Sequence[Tensor], N: int, K: int, dtype: torch.dtype) -> Tensor:
+        blocks, masks, scales = prepared
+        values, meta = cpu.restore_int8(blocks, masks, N)
+        return decompress24(dequantize24(values, scales, self.format, K, dtype), meta, K)
 
 
-BACKENDS.register("cpu", Backend("cpu", [Semi24Runner()]))
+class Int4Runner(CpuRunner):
+    format = "semi24_int4"
+
+    def prepare(self, packed: PackedWeight, prefill: str = "dense") -> tuple[Tensor, ...]:
+        parts = packed.tensors
+        return cpu.prepare_int4(parts["values"], parts["meta"], parts["scales"])
+
+    def restore(self, spec: WeightSpec, prepared: tuple[Tensor, ...]) -> PackedWeight:
+        values, meta, scales = cpu.restore_int4(*prepared, spec.out_features)
+        return PackedWeight(spec, {"values": values, "meta": meta, "scales": scales})
+
+    def linear(self, x: Tensor, prepared: Sequence[Tensor], bias: Tensor | None, N: int, K: int) -> Tensor:
+        blocks, masks, scales = prepared
+        return cpu.spmm24_int4(x, blocks, masks, scales, N, bias)
+
+    def dense(self, prepared: Sequence[Tensor], N: int, K: int, dtype: torch.dtype) -> Tensor:
+        blocks, masks, scales = prepared
+        values, meta, scales = cpu.restore_int4(blocks, masks, scales, N)
+        return decompress24(dequantize24(values, scales, self.format, K, dtype), meta, K)
+
+
+BACKENDS.register("cpu", Backend("cpu", [Semi24Runner(), Int8Runner(), Int4Runner()]))
