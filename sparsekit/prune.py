@@ -37,7 +37,8 @@ def prune_(
     """Prune the model's linear layers in place, and return the plan: what was kept, by which method, from what data.
 
     Layers stay what they are, with exact zeros where weights were removed. Calibrated methods go block by block, each
-    block on the outputs of the pruned ones before it.
+    block on the outputs of the pruned ones before it. Where the config names a quantised `format`, kept weights end on
+    its grid, and `pack_(model, format, scales=plan.scales)` changes no value.
 
     All or nothing: whatever ends the call early, Ctrl-C too, leaves the model bit for bit as it was. To that end each
     weight is copied to the CPU before it changes, which in the end takes as much CPU memory as the pruned layers do.
@@ -113,6 +114,7 @@ def prune_(
                         walk.finish(step)
                         bar.advance()
     plan.masks = {name: plan.masks[name] for name in layers}
+    plan.scales = {name: plan.scales[name] for name in layers if name in plan.scales}
     plan.notes += pruner.notes()
     return plan
 
@@ -130,7 +132,7 @@ class _Pruner:
         # In the order in which the layers ran, so that those that share statistics follow one another.
         for name in statistics or layers:
             layer = layers[name]
-            decision = self._decide(weight_NK(layer).float(), statistics.get(name))
+            decision = self._decide(weight_NK(layer), statistics.get(name))
             w_NK = _pruned(weight_NK(layer), decision)
             if not w_NK.isfinite().all():
                 raise NonFiniteError(
@@ -139,17 +141,21 @@ class _Pruner:
             self.snapshot.remember(name)
             set_weight_NK_(layer, w_NK)
             self.plan.masks[name] = Mask(self.config.parsed_pattern, decision.keep).to("cpu")
+            if decision.scales is not None:
+                self.plan.scales[name] = decision.scales.cpu()
             for note in decision.notes:
                 self._said.setdefault(note, []).append(name)
             if bar is not None:
                 bar.advance(1, name)
 
+    @torch.no_grad()
     def _decide(self, w_NK: Tensor, statistics: Statistics | None) -> Decision:
-        with torch.no_grad():
-            if self.config.statistics is None or statistics is not None:
-                return self.config.decide(w_NK, statistics)
-            keep = Magnitude(pattern=self.config.pattern, sparsity=self.config.sparsity).decide(w_NK).keep
-        return Decision(keep, None, ("no calibration token reached it: pruned by magnitude",))
+        if self.config.statistics is None or statistics is not None:
+            decision = self.config.decide(w_NK.float(), statistics)
+        else:
+            keep = Magnitude(pattern=self.config.pattern, sparsity=self.config.sparsity).decide(w_NK.float()).keep
+            decision = Decision(keep, notes=("no calibration token reached it: pruned by magnitude",))
+        return self.config.rounded(w_NK, decision)
 
     def notes(self) -> list[str]:
         return [f"{_some(names)}: {note}" for note, names in self._said.items()]

@@ -1,6 +1,7 @@
 """The drop-in: prune, make it true, pack, check."""
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch.nn as nn
@@ -58,7 +59,10 @@ def sparsify(
         constraints: a budget instead of a sparsity; no one-shot method takes one.
         targets, ignore: class names, "re:..." on the qualified name, names, or a callable `(module, name) -> bool`.
         num_calibration_samples, max_seq_length, batch_size: how much of the dataset is used, and how.
-        format: of the packed weights; "auto" packs what fits.
+        format: of the packed weights; "auto" packs what fits. A quantised one ("semi24_int8", "semi24_int4",
+            "semi24_fp8") makes SparseGPT round while it prunes, each error made up for by the columns to come, in one
+            pass; after the other methods the weights are rounded to nearest. Weights that obey the pattern already
+            are then only rounded: by SparseGPT where there is a dataset, to nearest where there is none.
         backend: who runs the packed weights; "auto" for the best here.
         seed: of every random choice. Equal seeds give equal bits, on one machine with one number of threads.
         progress: show progress bars.
@@ -82,16 +86,18 @@ def sparsify(
     whole, model = model, unwrapped(model)
     layers = find_targets(model, targets, ignore)
     if backend != "auto" and wanted == NM(2, 4):
-        _refuse_unrunnable(layers, backend)  # now, and not after an hour of pruning
+        _refuse_unrunnable(
+            layers, "semi24" if format == "auto" else format, backend
+        )  # now, and not after an hour of pruning
     with restored_on_failure(model) as snapshot:
-        if method is None and _obey(layers, wanted):
+        if method is None and _obey(layers, wanted) and not (dataset is not None and _is_quantised(format)):
             plan = None
             for name, layer in layers.items():
                 if _has_negative_zero(weight_NK(layer)):  # as `w * mask` leaves them; packed they become +0.0
                     snapshot.remember(name)
         else:
-            config = _choose_method(method, wanted, sparsity, has_data=dataset is not None)
-            wanted = config.parsed_pattern
+            config = _choose_method(method, wanted, sparsity, format, has_data=dataset is not None)
+            wanted, format = config.parsed_pattern, config.format or format
             plan = prune_(
                 model,
                 config,
@@ -108,8 +114,8 @@ def sparsify(
             apply_(model, plan)
             for note in plan.notes:
                 warnings.warn(note, stacklevel=2)
-        if _has_packed_format(layers):
-            pack_(model, format, backend, layers=layers, progress=progress)
+        if format != "auto" or _has_packed_format(layers):
+            pack_(model, format, backend, layers=layers, scales=plan.scales if plan else None, progress=progress)
         else:
             warnings.warn(
                 f"no packed format runs {wanted} weights faster: the layers stay dense, with zeros, and cost the same "
@@ -122,8 +128,9 @@ def sparsify(
     return whole
 
 
-def _choose_method(method: Any, pattern: Pattern, sparsity: float, has_data: bool) -> OneShot:
-    """Return the config that `method` means; the pattern of a config object must be the one asked for."""
+def _choose_method(method: Any, pattern: Pattern, sparsity: float, format: str, has_data: bool) -> OneShot:
+    """Return the config that `method` means; pattern and format of a config object must be those asked for."""
+    wanted_format = None if format == "auto" else format
     if method is None:
         if not has_data:
             warnings.warn(
@@ -133,17 +140,19 @@ def _choose_method(method: Any, pattern: Pattern, sparsity: float, has_data: boo
             )
         method = "sparsegpt" if has_data else "magnitude"
     if isinstance(method, str):
-        return METHODS.get(method)(pattern=str(pattern), sparsity=sparsity)
+        return METHODS.get(method)(pattern=str(pattern), sparsity=sparsity, format=wanted_format)
     config = method_config(method)
     if config.parsed_pattern != pattern and pattern != DEFAULT_PATTERN:
         raise ValueError(f"pattern={str(pattern)!r}, and method asks for {config.pattern!r}: give both the same")
-    return config
+    if wanted_format is not None and config.format not in (None, wanted_format):
+        raise ValueError(f"format={format!r}, and method asks for {config.format!r}: give both the same")
+    return replace(config, format=wanted_format or config.format)
 
 
-def _refuse_unrunnable(layers: dict[str, nn.Module], backend: str) -> None:
+def _refuse_unrunnable(layers: dict[str, nn.Module], format: str, backend: str) -> None:
     for layer in layers.values():
         w_NK = weight_NK(layer)
-        resolve(backend, WeightSpec("semi24", w_NK.shape[0], w_NK.shape[1], w_NK.dtype), w_NK.device)
+        resolve(backend, WeightSpec(format, w_NK.shape[0], w_NK.shape[1], w_NK.dtype), w_NK.device)
 
 
 def _obey(layers: dict[str, nn.Module], pattern: Pattern) -> bool:
@@ -151,6 +160,10 @@ def _obey(layers: dict[str, nn.Module], pattern: Pattern) -> bool:
     return isinstance(pattern, NM) and all(
         pattern.count_violations(weight_NK(layer) != 0) == 0 for layer in layers.values()
     )
+
+
+def _is_quantised(format: str) -> bool:
+    return format != "auto" and not FORMATS.get(format).lossless
 
 
 def _has_negative_zero(w_NK: Tensor) -> bool:

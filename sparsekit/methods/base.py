@@ -5,10 +5,13 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor
 
 from sparsekit.calibration.statistics import Statistics
-from sparsekit.patterns import Pattern, check_sparsity, parse_pattern
+from sparsekit.formats import FORMATS
+from sparsekit.methods.grid import is_quantised, round_to_nearest, scale_columns
+from sparsekit.patterns import NM, Pattern, check_sparsity, parse_pattern
 from sparsekit.registry import Registry, unknown
 
 
@@ -19,11 +22,13 @@ class Decision:
     Attributes:
         keep: boolean [N, K], True = kept.
         weight: new weight, fp32 [N, K], zero where not kept; None where the kept entries stay as they are.
+        scales: where the weight lies on the grid of a quantised format, the scales of that grid, as it stores them.
         notes: what happened that a reader must know, without the layer's name.
     """
 
     keep: Tensor
     weight: Tensor | None = None
+    scales: Tensor | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -31,14 +36,19 @@ class Decision:
 class OneShot(ABC):
     """Config of a method that prunes a layer from its weight and statistics of its inputs.
 
+    With a quantised `format` the kept weights end on its grid, and packing then changes nothing. A method that does
+    not know of it decides as ever, and its result is rounded to nearest (`rounded`).
+
     Attributes:
         pattern: which zeros are legal: "2:4", any "N:M", "64x64" (blocks) or "unstructured".
         sparsity: share of each layer's weights to remove. N:M fixes it, and takes the
             default, 0.5, for what it says.
+        format: packed format that the result is meant for, as "semi24_int4"; None for any that rounds nothing.
     """
 
     pattern: str = "2:4"
     sparsity: float = 0.5
+    format: str | None = None
 
     name: ClassVar[str]
     statistics: ClassVar[type[Statistics] | None] = None
@@ -59,6 +69,8 @@ class OneShot(ABC):
                 f"pattern {parsed} removes {fixed:.3g} of the weights, and sparsity={self.sparsity} was asked for: "
                 "leave sparsity out, or choose another pattern"
             )
+        if self.format is not None:
+            _check_format(self.format, parsed, self.sparsity)
         object.__setattr__(self, "pattern", str(parsed))
         object.__setattr__(self, "sparsity", float(self.sparsity if fixed is None else fixed))
 
@@ -70,6 +82,17 @@ class OneShot(ABC):
             w_NK: the weight, fp32 [N, K]; not to be changed.
             statistics: of the layer's inputs, of the kind that `statistics` names.
         """
+
+    def rounded(self, w_NK: Tensor, decision: Decision) -> Decision:
+        """Return the decision about `w_NK` with the kept weights on the grid of `format`: to nearest, if not yet so."""
+        if self.format is None or not is_quantised(self.format) or decision.scales is not None:
+            return decision
+        kept = w_NK if decision.weight is None else decision.weight
+        weight, scales = round_to_nearest(kept.float(), decision.keep, self.format)
+        notes = decision.notes
+        if self.updates_weights:
+            notes += ("its weights were rounded to nearest, without compensation",)
+        return Decision(decision.keep, weight, scales, notes)
 
     @property
     def parsed_pattern(self) -> Pattern:
@@ -94,6 +117,29 @@ class OneShot(ABC):
             if name not in known:
                 raise ValueError(unknown(f"field of {cls.__name__}", name, known))
         return cls(**fields)
+
+
+def _check_format(format: str, pattern: Pattern, sparsity: float) -> None:
+    """Raise ValueError unless the format holds whatever the pattern allows.
+
+    A format judges weights, not patterns, so it is shown the one whose kept entries crowd along the diagonal.
+    """
+    kind = FORMATS.get(format)
+    index = torch.arange(256)
+    closeness = -(index[:, None] - index).abs().float()
+    free = pattern.fixed_sparsity() is None
+    crowded = pattern.project(closeness, sparsity) if free else pattern.project(closeness)
+    if kind.count_violations(crowded.to(kind.dtypes[0]))[0]:
+        raise ValueError(
+            f"format={format!r} does not hold the pattern {pattern}: leave format out, or take another pattern (2:4 "
+            "fits every semi24 format)"
+        )
+    columns = scale_columns(format) if is_quantised(format) else None
+    if columns is not None and isinstance(pattern, NM) and columns % pattern.m:
+        raise ValueError(
+            f"format={format!r} has a scale for every {columns} columns, which groups of {pattern.m} do not divide: "
+            "use pattern='2:4'"
+        )
 
 
 METHODS: Registry[type[OneShot]] = Registry("method")

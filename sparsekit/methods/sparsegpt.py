@@ -11,14 +11,15 @@ reaches only the columns of its strip; a strip then reaches its block, and a blo
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from sparsekit.calibration.statistics import Hessian, Statistics
 from sparsekit.methods.base import METHODS, Decision, OneShot
-from sparsekit.methods.inverse_factor import InverseFactor, inverse_factor
+from sparsekit.methods.grid import Grid, is_quantised, scale_spans, stored_scales
+from sparsekit.methods.inverse_factor import inverse_factor
 from sparsekit.methods.wanda import Wanda
 from sparsekit.patterns import NM, Block, Unstructured
 
@@ -56,7 +57,7 @@ class SparseGPT(OneShot):
             return self._fall_back(w_NK, statistics, "its Hessian could not be factored")
         w_KN = w_NK.T.clone(memory_format=torch.contiguous_format)
         w_KN[factor.dead] = 0
-        keep_KN = self._prune_(w_KN, factor)
+        keep_KN, grids = self._prune_(w_KN, factor.U, self._known_keep(w_NK, w_KN, factor.U))
         if not w_KN.isfinite().all():
             return self._fall_back(w_NK, statistics, "its update overflowed")
         notes = [factor.note] if factor.note else []
@@ -64,41 +65,77 @@ class SparseGPT(OneShot):
             notes.append(
                 f"{num_dead} of {factor.dead.numel()} input features were always zero: their weights are now 0"
             )
-        return Decision(keep_KN.T.contiguous(), w_KN.T, tuple(notes))
+        scales = stored_scales(grids) if grids else None
+        return Decision(keep_KN.T.contiguous(), w_KN.T, scales, tuple(notes))
 
     def _fall_back(self, w_NK: Tensor, statistics: Statistics, reason: str) -> Decision:
         wanda = Wanda(pattern=self.pattern, sparsity=self.sparsity).decide(w_NK, statistics)
-        return Decision(wanda.keep, None, (f"{reason}: pruned by Wanda, without an update",))
+        return Decision(wanda.keep, notes=(f"{reason}: pruned by Wanda, without an update",))
 
-    def _prune_(self, w_KN: Tensor, factor: InverseFactor) -> Tensor:
-        """Remove and compensate in place; return `keep` as [K, N]."""
-        U, pattern = factor.U, self.parsed_pattern
+    def _known_keep(self, w_NK: Tensor, w_KN: Tensor, U: Tensor) -> Tensor | None:
+        """Return what is known of `keep` [K, N] before the walk; None where the walk is to choose.
+
+        A weight that is only rounded, having obeyed the pattern when it came, keeps its zeros.
+        """
+        pattern = self.parsed_pattern
+        if isinstance(pattern, Block):
+            return self._choose_tiles(w_KN, U)
+        if is_quantised(self.format) and pattern.count_violations(w_NK != 0) == 0:
+            return self.project(w_NK.abs()).T.contiguous()
+        return None
+
+    def _prune_(self, w_KN: Tensor, U: Tensor, known: Tensor | None) -> tuple[Tensor, list[Grid]]:
+        """Remove, round and compensate in place; return `keep` as [K, N], and the grid of each span of columns.
+
+        Where weights are rounded, a span of columns that shares scales is first walked without rounding: its kept
+        weights grow on the way, and only at the end show how wide the grid must be.
+        """
         K, N = w_KN.shape
+        keep_KN = torch.ones_like(w_KN, dtype=torch.bool) if known is None else known.clone()
+        if self.format is None or not is_quantised(self.format):
+            self._walk_(w_KN, U, keep_KN, slice(0, K), known is None, None)
+            return keep_KN, []
+        grids = []
+        for span in scale_spans(self.format, K):
+            ahead = w_KN[span].clone()
+            replace(self, format=None)._prune_(ahead, U[span, span], None if known is None else known[span])
+            grids.append(Grid.around(self.format, ahead))
+            self._walk_(w_KN, U, keep_KN, span, known is None, grids[-1])
+        return keep_KN, grids
+
+    def _walk_(self, w_KN: Tensor, U: Tensor, keep_KN: Tensor, span: slice, choose: bool, grid: Grid | None) -> None:
+        """Walk over the columns of `span`, and bring what they leave to all columns behind it."""
+        pattern = self.parsed_pattern
         group = pattern.m if isinstance(pattern, NM) else 1
-        keep_KN = self._choose_tiles(w_KN, U) if isinstance(pattern, Block) else torch.ones_like(w_KN, dtype=torch.bool)
-        errors = torch.empty_like(w_KN)
-        num_removed = 0
-        for block in _spans(0, K, self.block_size, group):
+        N = w_KN.shape[1]
+        for block in _spans(span.start, span.stop, self.block_size, group):
+            errors = w_KN.new_empty(block.stop - block.start, N)
             if isinstance(pattern, Unstructured):
-                due = round(self.sparsity * block.stop * N) - num_removed
+                due = round(self.sparsity * block.stop * N) - int((~keep_KN[: block.start]).sum())
                 scores_NK = (w_KN[block] / U.diagonal()[block, None]).square().T
                 keep_KN[block] = pattern.project(scores_NK, due / scores_NK.numel()).T
-                num_removed += due
             for strip in _spans(block.start, block.stop, _STRIP, group):
-                self._prune_strip_(w_KN[strip], U[strip, strip], keep_KN[strip], errors[strip])
-                w_KN[strip.stop : block.stop].addmm_(U[strip, strip.stop : block.stop].T, errors[strip], alpha=-1)
-            w_KN[block.stop :].addmm_(U[block, block.stop :].T, errors[block], alpha=-1)
-        return keep_KN
+                error = errors[strip.start - block.start : strip.stop - block.start]
+                self._prune_strip_(w_KN[strip], U[strip, strip], keep_KN[strip], error, choose, grid)
+                w_KN[strip.stop : block.stop].addmm_(U[strip, strip.stop : block.stop].T, error, alpha=-1)
+            w_KN[block.stop :].addmm_(U[block, block.stop :].T, errors, alpha=-1)
 
-    def _prune_strip_(self, w_KN: Tensor, U: Tensor, keep_KN: Tensor, errors: Tensor) -> None:
+    def _prune_strip_(
+        self, w_KN: Tensor, U: Tensor, keep_KN: Tensor, errors: Tensor, choose: bool, grid: Grid | None
+    ) -> None:
         pattern = self.parsed_pattern
         diagonal = U.diagonal().tolist()
         for k, pivot in enumerate(diagonal):
-            if isinstance(pattern, NM) and k % pattern.m == 0:
+            if choose and isinstance(pattern, NM) and k % pattern.m == 0:
                 group = slice(k, k + pattern.m)
                 keep_KN[group] = _keep_largest_of_columns((w_KN[group] / U.diagonal()[group, None]).square(), pattern.n)
-            torch.div(w_KN[k], pivot, out=errors[k]).masked_fill_(keep_KN[k], 0)
-            w_KN[k].masked_fill_(~keep_KN[k], 0)
+            if grid is None:
+                torch.div(w_KN[k], pivot, out=errors[k]).masked_fill_(keep_KN[k], 0)
+                w_KN[k].masked_fill_(~keep_KN[k], 0)
+            else:
+                target = grid.nearest(w_KN[k]).masked_fill_(~keep_KN[k], 0)
+                torch.div(w_KN[k] - target, pivot, out=errors[k])
+                w_KN[k] = target
             w_KN[k + 1 :].addr_(U[k, k + 1 :], errors[k], alpha=-1)
 
     def _choose_tiles(self, w_KN: Tensor, U: Tensor) -> Tensor:
