@@ -51,16 +51,21 @@ def _mma_sp(dtype, ordered, word, selector):
 
 
 @triton.constexpr_function
-def _load_x(column, masked):
-    """PTX: $0-3 = the x fragment of 32 columns, of which a quad of lanes holds one token, two of every 8 a lane.
+def _load_x(c, packed, masked):
+    """PTX: $0-3 = the x fragment of the 32 columns number c of a step.
 
-    $4 is the address of the lane's first two columns of the step, and the fragment begins at `column` of the step. If
-    `masked`, $8 counts the columns of x from those first two on; what lies beyond is zero.
+    A quad of lanes holds one token, each lane 2 of every 8 columns. $4 is the address of the lane's first two columns
+    of the step; if `masked`, $8 counts the columns of x from there on, and what lies beyond is zero. If `packed`, $4
+    is the address of the lane's 16 bytes of the step's first fragment.
     """
-    loads = [f"ld.global.nc.b32 ${r}, [$4+{2 * (column + 8 * r)}];" for r in range(4)]
+    if packed:
+        load = f"ld.global.nc.v4.b32 {{$0,$1,$2,$3}}, [$4+{512 * c}];"
+        zero = " ".join(f"mov.b32 ${r}, 0;" for r in range(4))
+        return f"{{ .reg .pred p; setp.gt.s32 p, $8, 0; {zero} @p {load} }}" if masked else load
+    loads = [f"ld.global.nc.b32 ${r}, [$4+{2 * (32 * c + 8 * r)}];" for r in range(4)]
     if not masked:
         return " ".join(loads)
-    guarded = [f"setp.gt.s32 p, $8, {column + 8 * r}; mov.b32 ${r}, 0; @p {loads[r]}" for r in range(4)]
+    guarded = [f"setp.gt.s32 p, $8, {32 * c + 8 * r}; mov.b32 ${r}, 0; @p {loads[r]}" for r in range(4)]
     return "{ .reg .pred p; " + " ".join(guarded) + " }"
 
 
@@ -180,21 +185,16 @@ def _load_chunks(
 @gluon.jit
 def _multiply_columns(
     sums, fragments, metadata, x_addresses, columns_left, c: gl.constexpr,
-    DTYPE: gl.constexpr, ORDERED: gl.constexpr, ROW_TILES: gl.constexpr, MASKED: gl.constexpr,
+    DTYPE: gl.constexpr, ORDERED: gl.constexpr, ROW_TILES: gl.constexpr,
+    PACKED_X: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """`sums` plus the product of the 32 columns number c of a step: for each eight tokens, for each row tile."""
     new = ()
     for f in gl.static_range(len(x_addresses)):
-        if MASKED:
-            x = gl.inline_asm_elementwise(
-                _load_x(32 * c, True), "=&r,=&r,=&r,=&r,l,l,l,l,r,r,r,r", [x_addresses[f], columns_left],
-                dtype=gl.int32, is_pure=True, pack=4,
-            )  # fmt: skip
-        else:
-            x = gl.inline_asm_elementwise(
-                _load_x(32 * c, False), "=&r,=&r,=&r,=&r,l,l,l,l", [x_addresses[f]],
-                dtype=gl.int32, is_pure=True, pack=4,
-            )  # fmt: skip
+        x = gl.inline_asm_elementwise(
+            _load_x(c, PACKED_X, MASKED), "=&r,=&r,=&r,=&r,l,l,l,l,r,r,r,r", [x_addresses[f], columns_left],
+            dtype=gl.int32, is_pure=True, pack=4,
+        )  # fmt: skip
         for r in gl.static_range(ROW_TILES):
             total = gl.inline_asm_elementwise(
                 _mma_sp(DTYPE, ORDERED, c // 2, c % 2), "=f,=f,=f,=f,r,r,r,r,r,r,r,r,f,f,f,f,r,r,r,r",
@@ -238,7 +238,8 @@ def _step(
     sums, chunks, metadata, x_addresses, columns_left,
     fragments_ptr, metadata_ptr, scales_ptr, first_tile, step, next_step, num_tiles, num_steps,
     FORMAT: gl.constexpr, DTYPE: gl.constexpr, ORDERED: gl.constexpr, HAS_CVT: gl.constexpr,
-    NUM_CHUNKS: gl.constexpr, ROW_TILES: gl.constexpr, AHEAD: gl.constexpr, LAST: gl.constexpr, MASKED: gl.constexpr,
+    NUM_CHUNKS: gl.constexpr, ROW_TILES: gl.constexpr, AHEAD: gl.constexpr, PACKED_X: gl.constexpr, LAST: gl.constexpr,
+    MASKED: gl.constexpr,
 ):  # fmt: skip
     """One step of 256 columns, AHEAD chunks of each row tile at a time; the chunks that follow are under way meanwhile.
 
@@ -246,7 +247,7 @@ def _step(
     """
     addresses = ()
     for f in gl.static_range(len(x_addresses)):
-        addresses = addresses + (x_addresses[f] + step.to(gl.int64) * (2 * 256),)
+        addresses = addresses + (x_addresses[f] + step.to(gl.int64) * (4096 if PACKED_X else 512),)
     columns_left = columns_left - step * 256
     next_metadata = metadata
     for first in gl.static_range(0, NUM_CHUNKS, AHEAD):
@@ -273,13 +274,13 @@ def _step(
                     for s in gl.static_range(len(sums)):
                         group = group + (gl.zeros_like(sums[s]),)
                 group = _multiply_columns(
-                    group, fragments, metadata, addresses, columns_left, c, DTYPE, ORDERED, ROW_TILES, MASKED
+                    group, fragments, metadata, addresses, columns_left, c, DTYPE, ORDERED, ROW_TILES, PACKED_X, MASKED
                 )
                 if c % 4 == 3:
                     sums = _scale_group(sums, group, metadata, c // 4, ROW_TILES)
             else:
                 sums = _multiply_columns(
-                    sums, fragments, metadata, addresses, columns_left, c, DTYPE, ORDERED, ROW_TILES, MASKED
+                    sums, fragments, metadata, addresses, columns_left, c, DTYPE, ORDERED, ROW_TILES, PACKED_X, MASKED
                 )
         chunks = next_chunks
     return sums, chunks, next_metadata
@@ -349,10 +350,10 @@ def _finish(
 def _spmm24_mma_kernel(
     x_ptr, fragments_ptr, metadata_ptr, scales_ptr, bias_ptr, residual_ptr, out_ptr,
     M, N, K, stride_xm, num_tiles, num_steps,
-    FORMAT: gl.constexpr, DTYPE: gl.constexpr, ORDERED: gl.constexpr, HAS_CVT: gl.constexpr, EVEN: gl.constexpr,
+    FORMAT: gl.constexpr, DTYPE: gl.constexpr, ORDERED: gl.constexpr, HAS_CVT: gl.constexpr, MASKED: gl.constexpr,
     HAS_SCALES: gl.constexpr, HAS_BIAS: gl.constexpr, GATED: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
     NUM_CHUNKS: gl.constexpr, TOKENS: gl.constexpr, ROW_TILES: gl.constexpr, AHEAD: gl.constexpr,
-    WARPS_N: gl.constexpr, WARPS_K: gl.constexpr, SPLIT_K: gl.constexpr,
+    WARPS_N: gl.constexpr, WARPS_K: gl.constexpr, SPLIT_K: gl.constexpr, PACKED_X: gl.constexpr,
 ):  # fmt: skip
     """With SPLIT_K = 1 out is y [M, features]; otherwise fp32 sums [SPLIT_K, M, num_tiles * 16], nothing applied."""
     WARPS: gl.constexpr = WARPS_N * WARPS_K
@@ -368,8 +369,12 @@ def _spmm24_mma_kernel(
     x_addresses = ()
     sums = ()
     for f in gl.static_range(TOKENS // 8):
-        m = gl.minimum(first_token + f * 8 + token, M - 1).to(gl.int64)  # the last token again: not stored
-        x_addresses = x_addresses + ((x_ptr + m * stride_xm + quad_column).to(gl.int64, bitcast=True),)
+        if PACKED_X:
+            fragment = (first_token // 8 + f).to(gl.int64) * num_steps * 1024 + i % 128
+            x_addresses = x_addresses + ((x_ptr + fragment).to(gl.int64, bitcast=True),)
+        else:
+            m = gl.minimum(first_token + f * 8 + token, M - 1).to(gl.int64)  # the last token again: not stored
+            x_addresses = x_addresses + ((x_ptr + m * stride_xm + quad_column).to(gl.int64, bitcast=True),)
         for _ in gl.static_range(ROW_TILES):
             sums = sums + (gl.zeros((128 * WARPS,), gl.float32, OPERAND),)
 
@@ -381,13 +386,13 @@ def _spmm24_mma_kernel(
         sums, chunks, metadata = _step(
             sums, chunks, metadata, x_addresses, K - quad_column,
             fragments_ptr, metadata_ptr, scales_ptr, first_tile, step, next_step, num_tiles, num_steps,
-            FORMAT, DTYPE, ORDERED, HAS_CVT, NUM_CHUNKS, ROW_TILES, AHEAD, False, False,
+            FORMAT, DTYPE, ORDERED, HAS_CVT, NUM_CHUNKS, ROW_TILES, AHEAD, PACKED_X, False, False,
         )  # fmt: skip
         step = next_step
     sums, chunks, metadata = _step(
         sums, chunks, metadata, x_addresses, K - quad_column,
         fragments_ptr, metadata_ptr, scales_ptr, first_tile, step, step, num_tiles, num_steps,
-        FORMAT, DTYPE, ORDERED, HAS_CVT, NUM_CHUNKS, ROW_TILES, AHEAD, True, not EVEN,
+        FORMAT, DTYPE, ORDERED, HAS_CVT, NUM_CHUNKS, ROW_TILES, AHEAD, PACKED_X, True, MASKED,
     )  # fmt: skip
 
     TILE: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [1, WARPS], [1, 0])
@@ -406,6 +411,19 @@ def _spmm24_mma_kernel(
             row = block_tile * 16 + gl.arange(0, WARPS_N * ROW_TILES * 16, gl.SliceLayout(0, TILE))
             place = (gl.program_id(2).to(gl.int64) * M + m)[:, None] * (num_tiles * 16) + row[None, :]
             gl.store(out_ptr + place, tile, mask=(m < M)[:, None] & (row < num_tiles * 16)[None, :])
+
+
+@gluon.jit(do_not_specialize=["x_ptr", "M", "K", "stride_xm"])
+def _pack_x_kernel(x_ptr, packed_ptr, M, K, stride_xm):
+    """x as fragments int32 [tokens / 8, steps, 8, 32 lanes, 4], zeros beyond it; a block packs a step of eight tokens."""
+    OPERAND: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
+    i = gl.arange(0, 1024, OPERAND)
+    m = gl.program_id(0) * 8 + i // 16 % 8
+    k = gl.program_id(1) * 256 + i // 128 * 32 + i % 4 * 8 + i // 4 % 4 * 2
+    address = (x_ptr + m.to(gl.int64) * stride_xm + k).to(gl.pointer_type(gl.int32), bitcast=True)
+    pairs = gl.load(address, mask=(m < M) & (k < K), other=0)
+    block = gl.program_id(0).to(gl.int64) * gl.num_programs(1) + gl.program_id(1)
+    gl.store(packed_ptr + block * 1024 + i, pairs)
 
 
 @gluon.jit(do_not_specialize=["scales_ptr", "bias_ptr", "residual_ptr", "M", "num_tiles"])
@@ -441,6 +459,7 @@ class Config:
         AHEAD: chunks of each row tile that are loaded while the ones before are multiplied.
         WARPS_N, WARPS_K: of a block; the former take different row tiles, the latter different steps of K.
         SPLIT_K: blocks that share row tiles.
+        PACKED_X: x is put into the order of its fragments first, by a kernel of its own.
     """
 
     TOKENS: int
@@ -449,32 +468,35 @@ class Config:
     WARPS_N: int
     WARPS_K: int
     SPLIT_K: int = 1
+    PACKED_X: bool = False
 
 
-# By format, then by the most tokens they serve. Chosen from registers and instructions in the machine code of sm_90 so
-# that every warp has four or more 16-byte loads under way; not yet measured.
+# By format, then by the most tokens they serve. Chosen from the machine code of sm_90 so that a warp has at least four
+# 16-byte loads of W under way; not yet measured. From 16 tokens on x is packed: row by row, eight rows are eight cache
+# lines a load, and the loads of x would take longer than those of W.
+SIXTEEN_BITS = {
+    2: Config(TOKENS=8, ROW_TILES=1, AHEAD=8, WARPS_N=1, WARPS_K=8),
+    8: Config(TOKENS=8, ROW_TILES=2, AHEAD=4, WARPS_N=1, WARPS_K=8),
+    16: Config(TOKENS=16, ROW_TILES=2, AHEAD=4, WARPS_N=1, WARPS_K=8, PACKED_X=True),
+    32: Config(TOKENS=32, ROW_TILES=2, AHEAD=4, WARPS_N=2, WARPS_K=4, PACKED_X=True),
+    64: Config(TOKENS=64, ROW_TILES=2, AHEAD=4, WARPS_N=4, WARPS_K=2, PACKED_X=True),
+}
 EIGHT_BITS = {
-    8: Config(TOKENS=8, ROW_TILES=1, AHEAD=4, WARPS_N=1, WARPS_K=8),
-    16: Config(TOKENS=16, ROW_TILES=2, AHEAD=4, WARPS_N=1, WARPS_K=8),
-    32: Config(TOKENS=32, ROW_TILES=2, AHEAD=2, WARPS_N=2, WARPS_K=4),
-    64: Config(TOKENS=64, ROW_TILES=2, AHEAD=2, WARPS_N=4, WARPS_K=2),
+    2: Config(TOKENS=8, ROW_TILES=1, AHEAD=4, WARPS_N=1, WARPS_K=8),
+    8: Config(TOKENS=8, ROW_TILES=2, AHEAD=4, WARPS_N=1, WARPS_K=8),
+    16: Config(TOKENS=16, ROW_TILES=2, AHEAD=4, WARPS_N=1, WARPS_K=8, PACKED_X=True),
+    32: Config(TOKENS=32, ROW_TILES=2, AHEAD=2, WARPS_N=2, WARPS_K=4, PACKED_X=True),
+    64: Config(TOKENS=64, ROW_TILES=2, AHEAD=2, WARPS_N=4, WARPS_K=2, PACKED_X=True),
+}
+FOUR_BITS = {
+    8: Config(TOKENS=8, ROW_TILES=2, AHEAD=2, WARPS_N=1, WARPS_K=8),
+    16: Config(TOKENS=16, ROW_TILES=2, AHEAD=2, WARPS_N=1, WARPS_K=8, PACKED_X=True),
+    32: Config(TOKENS=32, ROW_TILES=2, AHEAD=2, WARPS_N=2, WARPS_K=4, PACKED_X=True),
+    64: Config(TOKENS=64, ROW_TILES=2, AHEAD=2, WARPS_N=4, WARPS_K=2, PACKED_X=True),
 }
 CONFIGS = {
-    "semi24": {
-        8: Config(TOKENS=8, ROW_TILES=1, AHEAD=8, WARPS_N=1, WARPS_K=8),
-        16: Config(TOKENS=16, ROW_TILES=2, AHEAD=4, WARPS_N=1, WARPS_K=8),
-        32: Config(TOKENS=32, ROW_TILES=2, AHEAD=4, WARPS_N=2, WARPS_K=4),
-        64: Config(TOKENS=64, ROW_TILES=2, AHEAD=4, WARPS_N=4, WARPS_K=2),
-    },
-    "semi24_fp8": EIGHT_BITS,
-    "semi24_int8": EIGHT_BITS,
-    "semi24_int4": {
-        8: Config(TOKENS=8, ROW_TILES=2, AHEAD=2, WARPS_N=1, WARPS_K=8),
-        16: Config(TOKENS=16, ROW_TILES=2, AHEAD=2, WARPS_N=1, WARPS_K=8),
-        32: Config(TOKENS=32, ROW_TILES=2, AHEAD=2, WARPS_N=2, WARPS_K=4),
-        64: Config(TOKENS=64, ROW_TILES=2, AHEAD=2, WARPS_N=4, WARPS_K=2),
-    },
-}
+    "semi24": SIXTEEN_BITS, "semi24_fp8": EIGHT_BITS, "semi24_int8": EIGHT_BITS, "semi24_int4": FOUR_BITS
+}  # fmt: skip
 
 
 def pick_config(format: str, M: int, N: int, K: int, sms: int) -> Config:
@@ -571,7 +593,9 @@ class _Launch:
         blocks = -(-self.num_tiles // (config.WARPS_N * config.ROW_TILES))
         grid = (-(-self.M // config.TOKENS), blocks, config.SPLIT_K)
         self.multiply = _Kernel(_spmm24_mma_kernel, grid, constants, config.WARPS_N * config.WARPS_K)
-        self.split = config.SPLIT_K
+        self.split, self.packed = config.SPLIT_K, config.PACKED_X
+        self.token_tiles = -(-self.M // config.TOKENS) * config.TOKENS // 8
+        self.pack_x = _Kernel(_pack_x_kernel, (self.token_tiles, self.num_steps, 1), {}, 4)
         add_grid = (-(-self.M // 8), -(-self.num_tiles // 8), 1)
         self.add_splits = _Kernel(_add_splits_kernel, add_grid, {**applied, "SPLIT_K": self.split}, 4)
 
@@ -580,6 +604,9 @@ class _Launch:
         residual: Tensor | None, y: Tensor,
     ) -> None:  # fmt: skip
         x, stride = self._rows(x)
+        if self.packed:
+            rows, x = x, x.new_empty(self.token_tiles, self.num_steps, 1024, dtype=torch.int32)
+            self.pack_x(rows, x, self.M, self.K, stride)
         out = y if self.split == 1 else y.new_empty(self.split, self.M, self.num_tiles * TILE_N, dtype=torch.float32)
         scales = y if scales is None else scales  # a pointer that is not read
         bias = y if bias is None else bias
@@ -639,9 +666,9 @@ def kernel_constants(
         # sm_80 to sm_90 gain nothing from it).
         "ORDERED": capability >= (10, 0),
         "HAS_CVT": capability >= (8, 9),  # e4m3 to f16 in one instruction
-        "EVEN": K % (STEP_K * config.WARPS_K * config.SPLIT_K) == 0,
+        "MASKED": not config.PACKED_X and K % STEP_K > 0 or num_steps(K) % (config.WARPS_K * config.SPLIT_K) > 0,
         "TOKENS": config.TOKENS, "ROW_TILES": config.ROW_TILES, "AHEAD": config.AHEAD,
-        "WARPS_N": config.WARPS_N, "WARPS_K": config.WARPS_K, "SPLIT_K": config.SPLIT_K,
+        "WARPS_N": config.WARPS_N, "WARPS_K": config.WARPS_K, "SPLIT_K": config.SPLIT_K, "PACKED_X": config.PACKED_X,
     }  # fmt: skip
 
 
