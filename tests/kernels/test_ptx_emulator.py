@@ -273,6 +273,8 @@ def test_packing_and_selection():
     assert (packed == (b.astype(np.uint64) << np.uint64(32) | a)).all()
     swapped = apply("mov.b32 {%h0, %h1}, %x0; mov.b32 %y, {%h1, %h0};", np.uint32, a)
     assert (swapped == (a << 16 | a >> 16)).all()
+    unwritten = apply("mov.b64 %y, {%x0, %r9};", np.uint64, a)
+    assert (unwritten == (a | np.uint64(0xFFFFFFFF << 32))).all()
     result = apply("setp.lt.s32 %c0|%c1, %x0, %x1; selp.b32 %y, %x0, %x1, %c1;", np.uint32, a, b)
     assert (result == np.where(a.view(np.int32) < b.view(np.int32), b, a)).all()
     x = floats(rng).view(np.uint32)

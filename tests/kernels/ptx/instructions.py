@@ -582,9 +582,11 @@ def move(code: Code, i: Instruction) -> Step:
         parts = [code.slot(o, part) for o in source.items]
 
         def pack(m: Machine) -> None:
-            value = m.r[parts[0]].astype(DTYPES[width])
-            for n, slot in enumerate(parts[1:], 1):
-                value = value | m.r[slot].astype(DTYPES[width]) << DTYPES[width](n * part)
+            value = np.zeros(1, DTYPES[width])
+            for n, slot in enumerate(parts):
+                # LLVM packs registers that it never wrote where that half is never used; here it is NaN.
+                element = np.full(1, -1).astype(DTYPES[part]) if m.r[slot] is None else m.r[slot]
+                value = value | element.astype(DTYPES[width]) << DTYPES[width](n * part)
             m.put(d, value)
 
         return pack

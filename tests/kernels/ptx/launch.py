@@ -3,8 +3,9 @@
 import struct
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -70,10 +71,20 @@ def run(
     return counts
 
 
-class _Compiled:
-    """A kernel for one target and one specialisation."""
+@dataclass(frozen=True)
+class How:
+    """What the emulator needs to know of a launch, see `emulated` and `run`."""
 
-    cache: dict[tuple, "_Compiled"] = {}
+    capability: int
+    order: str = "forward"
+    threads_at_once: int = 1 << 14
+    counts: Counter[str] = field(default_factory=Counter)
+
+
+class Compiled:
+    """A kernel for one target and one specialisation; like Triton's, `compiled[grid](*args)` runs it as it is."""
+
+    cache: dict[tuple, "Compiled"] = {}
 
     def __init__(self, fn: Any, target: Any, backend: Any, kwargs: dict, bound: Any) -> None:
         import triton
@@ -84,47 +95,42 @@ class _Compiled:
         options, signature, constants, attributes = fn._pack_args(backend, kwargs, values, specialization, options)
         source = (GluonASTSource if fn.is_gluon() else ASTSource)(fn, signature, constants, attributes)
         self.kernel = triton.compile(source, target=target, options=options.__dict__)
-        self.names = [name for name, kind in signature.items() if kind != "constexpr"]
+        self.arg_names = list(signature)
+        self.pointers = [name for name, kind in signature.items() if kind != "constexpr"]
+        self.how = How(target.arch)
 
-    @property
-    def ptx(self) -> str:
-        return self.kernel.asm["ptx"]
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def runner(*args: Any) -> None:
+            values = dict(zip(self.arg_names, args, strict=True))
+            counts = run(
+                self.kernel.asm["ptx"], grid, [values[name] for name in self.pointers], self.kernel.metadata.shared,
+                self.how.order, self.how.threads_at_once,
+            )  # fmt: skip
+            self.how.counts.update(counts)
+
+        return runner
 
 
-def launch(
-    fn: Any,
-    grid: Any,
-    *args: Any,
-    capability: int = 80,
-    order: str = "forward",
-    threads_at_once: int = 1 << 14,
-    **kwargs: Any,
-) -> Counter[str]:
-    """Compile `fn`, a function under @triton.jit, for sm_`capability` and run it as `fn[grid](*args, **kwargs)` would.
-
-    Returns:
-        What `run` returns.
-    """
+def launch(fn: Any, grid: Any, *args: Any, how: How, **kwargs: Any) -> Compiled:
+    """Compile `fn`, a function under @triton.jit, and run it as `fn[grid](*args, **kwargs)` would on a GPU."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
 
-    target = GPUTarget("cuda", capability, 32)
+    target = GPUTarget("cuda", how.capability, 32)
     backend = make_backend(target)
     kwargs.setdefault("debug", False)
     bound = create_function_from_signature(fn.signature, fn.params, backend)(*args, **kwargs)
-    values, specialization, _ = bound
-    constants = [
-        value for (kind, *_), value in zip(specialization, values.values(), strict=True) if kind == "constexpr"
-    ]
+    values, kinds, _ = bound
+    constants = [value for (kind, *_), value in zip(kinds, values.values(), strict=True) if kind == "constexpr"]
     options = {name: value for name, value in kwargs.items() if name not in values}
-    key = (fn, capability, str(specialization), str(constants), str(sorted(options.items())))
-    if key not in _Compiled.cache:
-        _Compiled.cache[key] = _Compiled(fn, target, backend, kwargs, bound)
-    compiled = _Compiled.cache[key]
-    grid = tuple(grid(values)) if callable(grid) else tuple(grid)
-    pointers = [values[name] for name in compiled.names]
-    return run(compiled.ptx, grid, pointers, compiled.kernel.metadata.shared, order, threads_at_once)
+    key = (fn, how.capability, str(kinds), str(constants), str(sorted(options.items())))
+    if key not in Compiled.cache:
+        Compiled.cache[key] = Compiled(fn, target, backend, kwargs, bound)
+    compiled = Compiled.cache[key]
+    compiled.how = how
+    compiled[tuple(grid(values)) if callable(grid) else tuple(grid)](*values.values())
+    return compiled
 
 
 @contextmanager
@@ -151,26 +157,11 @@ def emulated(
     from sparsekit_kernels import target
     from triton.runtime.jit import JITFunction
 
-    compiler_target = compile_for or capability[0] * 10 + capability[1]
-    counts: Counter[str] = Counter()
+    how = How(compile_for or capability[0] * 10 + capability[1], order, threads_at_once)
 
-    class Again:
-        """What a launch returns: the kernel, to be launched again with all its arguments in their order."""
-
-        def __init__(self, fn: Any, options: dict[str, Any]) -> None:
-            self.fn, self.options = fn, options
-
-        def __getitem__(self, grid: Any) -> Any:
-            return lambda *args: emulate(self.fn, *args, grid=grid, warmup=False, **self.options)
-
-    def emulate(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Again:
+    def emulate(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Compiled:
         assert not warmup
-        counts.update(
-            launch(
-                self, grid, *args, capability=compiler_target, order=order, threads_at_once=threads_at_once, **kwargs
-            )
-        )
-        return Again(self, {name: value for name, value in kwargs.items() if name not in self.arg_names})
+        return launch(self, grid, *args, how=how, **kwargs)
 
     answers = {
         "why_not": lambda device: None,
@@ -181,7 +172,7 @@ def emulated(
     originals = {name: getattr(target, name) for name in answers}
     properties = SimpleNamespace(
         name="emulated", major=capability[0], minor=capability[1], multi_processor_count=sms,
-        shared_memory_per_block_optin=SHARED_KIB.get(compiler_target, 99) << 10,
+        shared_memory_per_block_optin=SHARED_KIB.get(how.capability, 99) << 10,
     )  # fmt: skip
     with ExitStack() as patches:
         patches.enter_context(mock.patch.object(JITFunction, "run", emulate))
@@ -191,4 +182,6 @@ def emulated(
                 for name, answer in answers.items():
                     if getattr(module, name, None) is originals[name]:
                         patches.enter_context(mock.patch.object(module, name, answer))
-        yield counts
+                if hasattr(module, "_launches"):  # remembered launches are of one GPU
+                    patches.enter_context(mock.patch.object(module, "_launches", {}))
+        yield how.counts

@@ -1,0 +1,264 @@
+"""The kernels as ptxas gets them: compiled for real GPUs, then executed instruction by instruction on the CPU.
+
+What the interpreter cannot show is shown here: the layouts that inline PTX relies on, fragments and metadata, masks,
+barriers and asynchronous copies, for each generation. References are float64. Kernels whose `tl.dot` becomes wgmma on
+sm_90, which the emulator does not know, run as on sm_80 and sm_120.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from sparsekit_kernels import (
+    compress24,
+    fragments24,
+    layout24,
+    layout_block,
+    quant,
+    spmm24,
+    spmm24_mma,
+    spmm_block,
+    target,
+)
+
+from tests.kernels.ptx import emulated
+
+pytestmark = pytest.mark.skipif(target.INTERPRETED, reason="Triton interprets here; these tests compile")
+
+HALF_ULP = {torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float32: 2**-24}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+def random24(N, K, dtype):
+    """A weight with a random mask: two, one or none of each four are kept; some of those are -0.0."""
+    w = torch.randn(N, K)
+    order = torch.rand(N, -(-K // 4), 4).argsort(-1).argsort(-1)
+    w *= (order < torch.randint(0, 5, order.shape[:2] + (1,)).clamp(max=2)).view(N, -1)[:, :K]
+    w[torch.rand(N, K) < 0.05] *= -0.0
+    return w.to(dtype)
+
+
+def strided(M, K, dtype):
+    """x [M, K] in rows that are longer, NaN between them."""
+    x = torch.full((M, K + 8), torch.nan, dtype=dtype)
+    x[:, :K] = torch.randn(M, K)
+    return x[:, :K]
+
+
+def product(x, w, *addends):
+    """x @ w.T + addends in float64, and the same of absolute values: what rounding errors are in proportion to."""
+    x, w = x.double(), w.double()
+    y, size = x @ w.T, x.abs() @ w.abs().T
+    for addend in addends:
+        y, size = y + addend.double(), size + addend.double().abs()
+    return y, size
+
+
+def assert_near(y, reference, size):
+    """y is the reference but for sums in float32, of terms as large as `size`, and one rounding of the result."""
+    assert y.shape == reference.shape
+    excess = (y.double() - reference).abs() - (1.01 * HALF_ULP[y.dtype] * reference.abs() + 2**-20 * size + 1e-7)
+    assert (excess <= 0).all(), f"off by {excess.max():.3g} at {(~(excess <= 0)).nonzero()[:8].tolist()}"
+
+
+def bits(t):
+    return t.contiguous().view(torch.uint8)
+
+
+# The portable kernel
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (12, 0)])
+@pytest.mark.parametrize(
+    "M,N,K,dtype",
+    [
+        (1, 70, 1048, torch.bfloat16),  # two splits
+        (5, 131, 264, torch.float16),
+        (33, 130, 501, torch.bfloat16),
+        (64, 17, 40, torch.bfloat16),
+        (3, 66, 77, torch.float32),
+    ],
+)
+def test_spmm24(M, N, K, dtype, capability):
+    torch.manual_seed(M)
+    w = random24(N, K, dtype)
+    values, meta = layout24.compress24(w)
+    x, bias = strided(M, K, dtype), torch.randn(N).to(dtype)
+    with emulated(capability) as counts:
+        y = spmm24.spmm24_small(x, values, meta, bias)
+        dense = spmm24.decompress24(values, meta, K)
+    assert K < 200 or any(opcode.startswith("cp.async") for opcode in counts)
+    assert dtype == torch.float32 or any(opcode.startswith("mma.sync") for opcode in counts)
+    assert torch.equal(bits(dense), bits(layout24.decompress24(values, meta, K)))
+    assert_near(y, *product(x, w, bias))
+
+
+# The sparse tensor cores
+
+FORMATS = {
+    "semi24": spmm24_mma.spmm24,
+    "semi24_fp8": spmm24_mma.spmm24_fp8,
+    "semi24_int8": spmm24_mma.spmm24_int8,
+    "semi24_int4": spmm24_mma.spmm24_int4,
+}
+
+
+def fragments(format, N, K, dtype, gated=False):
+    """(what the entry point takes between x and N, the weight that it stands for)."""
+    values, meta = layout24.compress24(random24(N, K, dtype) * (2.0 ** torch.randint(-4, 4, (N, 1))).to(dtype))
+    if format == "semi24":
+        return fragments24.prepare(values, meta, format, gated), layout24.decompress24(values, meta, K)
+    q, scales = quant.quantize24(values, format, K)
+    w = layout24.decompress24(quant.dequantize24(q, scales, format, K, torch.float32), meta, K)
+    if format == "semi24_int4":
+        scales = fragments24.prepare_scales(scales, gated)
+    return (*fragments24.prepare(q, meta, format, gated), scales), w
+
+
+def assert_multiplies(format, M, N, K, dtype, gated=False, plain=False, config=None):
+    """One call, then a second one with other numbers: the wrapper goes another way once it knows the shape."""
+    operands, w = fragments(format, N, K, dtype, gated)
+    features = N // 2 if gated else N
+    for _ in range(2):
+        x, bias, residual = strided(M, K, dtype), torch.randn(N).to(dtype), torch.randn(M, features).to(dtype)
+        if plain:
+            y = FORMATS[format](x, *operands, N, config=config)
+            assert_near(y, *product(x, w))
+            continue
+        activation = "silu_mul" if gated else None
+        y = FORMATS[format](x, *operands, N, bias, activation=activation, residual=residual, config=config)
+        if gated:
+            (gate, up), (gate_size, up_size) = (z.split(features, 1) for z in product(x, w, bias))
+            reference = F.silu(gate) * up + residual.double()
+            size = (gate_size + 4) * (up_size + 1) + residual.double().abs()
+        else:
+            reference, size = product(x, w, bias, residual)
+        assert_near(y, reference, size)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (12, 0)])
+@pytest.mark.parametrize("format", FORMATS)
+def test_mma_decode(format, capability):
+    """Eight tokens an instruction; odd N and K, one token and more than a block has, with and without split K."""
+    torch.manual_seed(capability[0])
+    dtype = torch.float16 if capability == (9, 0) else torch.bfloat16
+    config = spmm24_mma.CONFIGS[format][8]
+    with emulated(capability) as counts:
+        for M, N, K in [(1, 37, 300), (3, 16 * config.ROW_TILES + 1, 2 * 2048 + 263), (8, 7, 33), (11, 130, 1003)]:
+            assert_multiplies(format, M, N, K, dtype, config=config)
+        for M, N, K in [(1, 33, 5000), (5, 18, 2049)]:
+            assert_multiplies(format, M, N, K, dtype, config=replace(config, SPLIT_K=2))
+        used = {opcode for opcode in counts if opcode.startswith("mma")}
+    modifier = "::ordered_metadata" if capability >= (10, 0) else ""
+    kind = "f16" if dtype == torch.float16 else "bf16"
+    assert used == {f"mma.sp{modifier}.sync.aligned.m16n8k32.row.col.f32.{kind}.{kind}.f32"}
+
+
+@pytest.mark.parametrize("tokens", [8, 16, 32, 64])
+@pytest.mark.parametrize("format", FORMATS)
+def test_mma_epilogues(format, tokens):
+    """The shipped configs, with gate and up interleaved or without; generations and dtypes take turns."""
+    turn = list(FORMATS).index(format) + tokens.bit_length()
+    torch.manual_seed(turn)
+    capability, dtype = [(8, 0), (9, 0), (12, 0)][turn % 3], [torch.float16, torch.bfloat16][turn // 2 % 2]
+    gated = tokens == 8 or turn % 2 == 0
+    with emulated(capability):
+        for M, N, K in [(tokens, 70, 520), (tokens - 5, 202, 301)]:
+            assert_multiplies(format, M, N, K, dtype, gated)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_mma_whole_shapes(format):
+    """Nothing to mask: K of whole steps, N of whole tiles, M of whole blocks; no bias and no residual."""
+    torch.manual_seed(0)
+    config = spmm24_mma.CONFIGS[format][8]
+    with emulated((9, 0)):
+        assert_multiplies(format, 8, 64, 256 * config.WARPS_K, torch.bfloat16, plain=True, config=config)
+
+
+@pytest.mark.parametrize("order", ["reverse", "random"])
+def test_split_k_gives_the_same_bits_in_any_order(order):
+    torch.manual_seed(0)
+    (values, metadata), _ = fragments("semi24", 50, 9000, torch.bfloat16)
+    x, bias = torch.randn(4, 9000, dtype=torch.bfloat16), torch.randn(50).to(torch.bfloat16)
+    with emulated((9, 0)) as counts:
+        expected = spmm24_mma.spmm24(x, values, metadata, 50, bias)
+    assert len(counts) and spmm24_mma.pick_config("semi24", 4, 50, 9000, 132).SPLIT_K > 1
+    with emulated((9, 0), order=order, threads_at_once=1):
+        y = spmm24_mma.spmm24(x, values, metadata, 50, bias)
+    assert torch.equal(bits(y), bits(expected))
+
+
+# The packer
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (12, 0)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_packer(dtype, capability):
+    torch.manual_seed(1)
+    with emulated(capability):
+        for N, K in [(5, 1032), (3, 17)]:
+            w = random24(N, K, dtype)
+            values, meta = compress24.compress24(w)
+            expected = layout24.compress24(w)
+            assert torch.equal(bits(values), bits(expected[0])) and torch.equal(meta, expected[1])
+            w, scores = torch.randn(K, N).to(dtype).T, torch.randint(0, 4, (N, K)).float()  # strides; many ties
+            found = compress24.search24(w, scores, keep=True, masked=True)
+            rank = F.pad(scores, (0, -K % 4), value=-1).view(N, -1, 4)
+            rank = rank.argsort(dim=-1, descending=True, stable=True).argsort(-1)
+            keep = (rank < 2).view(N, -1)[:, :K]
+            assert torch.equal(found.keep, keep)
+            assert torch.equal(found.masked, torch.where(keep, w, 0))
+            expected = layout24.compress24(found.masked)
+            assert torch.equal(bits(found.values), bits(expected[0])) and torch.equal(found.meta, expected[1])
+
+
+# Blocks
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (12, 0)])
+@pytest.mark.parametrize(
+    "M,N,K,block,dtype",
+    [
+        (1, 100, 330, (64, 64), torch.bfloat16),
+        (7, 200, 330, (32, 64), torch.float16),
+        (40, 130, 200, (64, 64), torch.bfloat16),
+        (100, 70, 210, (64, 32), torch.bfloat16),
+        (3, 70, 150, (16, 16), torch.float32),
+    ],
+)
+def test_spmm_block(M, N, K, block, dtype, capability):
+    torch.manual_seed(M)
+    NB, KB = layout_block.block_grid(N, K, block)
+    occupied = torch.rand(NB, KB) < 0.5
+    occupied[-1] = False  # a block row of zeros
+    w = torch.randn(N, K) * occupied.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)[:N, :K]
+    w = w.to(dtype)
+    x, bias, residual = strided(M, K, dtype), torch.randn(N).to(dtype), torch.randn(M, N).to(dtype)
+    with emulated(capability):
+        prepared = spmm_block.prepare(*layout_block.compress_block(w, block), 132)
+        y = spmm_block.spmm_block(x, prepared, N, bias, residual)
+    assert_near(y, *product(x, w, bias, residual))
+
+
+def test_a_cut_block_row_is_added_up():
+    torch.manual_seed(0)
+    w = torch.zeros(128, 4096)
+    w[:64], w[64:, :64] = torch.randn(64, 4096), torch.randn(64, 64)
+    for M in (1, 2):
+        x = torch.randn(M, 4096)
+        with emulated((8, 0)):
+            prepared = spmm_block.prepare(*layout_block.compress_block(w, (64, 64)), 132)
+            assert prepared[5].shape[0] == 1
+            y = spmm_block.spmm_block(x, prepared, 128)
+        assert_near(y, *product(x, w))
