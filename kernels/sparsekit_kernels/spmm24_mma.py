@@ -13,8 +13,8 @@ dealt to SPLIT_K blocks; their sums go through a workspace and a second small ke
 the same call gives the same bits every time, with no counter or atomic that a CUDA graph would have to reset.
 
 How `mma.sp` gets in. `inline_asm_elementwise(pack=4)` gives a piece of PTX the four elements of each operand that a
-lane holds in neighbouring registers, so the layout has to be known. Triton chooses layouts itself, and not always the same,
-so this is Gluon, Triton's language in which layouts are written down. All operands of the loop are 1-D of 128 * warps
+lane holds in neighbouring registers, so the layout has to be known. Triton chooses layouts itself, not always the same
+ones; this is Gluon, Triton's language in which they are written down. All operands of the loop are 1-D of 128 * warps
 elements: element i is register i % 4 of lane i // 4 % 32 of warp i // 128, which is what a 16-byte load gives.
 W is prefetched: the next chunks are loaded before the ones at hand are multiplied.
 
@@ -24,6 +24,7 @@ Gated. With `activation="silu_mul"` the weight was prepared with `gated`, and y 
 # What Triton compiles takes Triton's values, which have no Python types, and tuples of them grow.
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment"
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,6 +35,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from sparsekit_kernels.decompress_fragments24 import decompress as decompress
 from sparsekit_kernels.fragments24 import CHUNKS, STEP_K, TILE_N, num_steps, num_tiles
 from sparsekit_kernels.target import capability, num_sms, why_not_cuda
 
@@ -415,7 +417,7 @@ def _spmm24_mma_kernel(
 
 @gluon.jit(do_not_specialize=["x_ptr", "M", "K", "stride_xm"])
 def _pack_x_kernel(x_ptr, packed_ptr, M, K, stride_xm):
-    """x as fragments int32 [tokens / 8, steps, 8, 32 lanes, 4], zeros beyond it; a block packs a step of eight tokens."""
+    """x as fragments int32 [tokens / 8, steps, 8, 32 lanes, 4], zeros beyond it; a block packs eight tokens' step."""
     OPERAND: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
     i = gl.arange(0, 1024, OPERAND)
     m = gl.program_id(0) * 8 + i // 16 % 8
@@ -492,7 +494,7 @@ FOUR_BITS = {
     8: Config(TOKENS=8, ROW_TILES=2, AHEAD=2, WARPS_N=1, WARPS_K=8),
     16: Config(TOKENS=16, ROW_TILES=2, AHEAD=2, WARPS_N=1, WARPS_K=8, PACKED_X=True),
     32: Config(TOKENS=32, ROW_TILES=2, AHEAD=2, WARPS_N=2, WARPS_K=4, PACKED_X=True),
-    64: Config(TOKENS=64, ROW_TILES=2, AHEAD=2, WARPS_N=4, WARPS_K=2, PACKED_X=True),
+    64: Config(TOKENS=64, ROW_TILES=1, AHEAD=2, WARPS_N=4, WARPS_K=2, PACKED_X=True),
 }
 CONFIGS = {
     "semi24": SIXTEEN_BITS, "semi24_fp8": EIGHT_BITS, "semi24_int8": EIGHT_BITS, "semi24_int4": FOUR_BITS
@@ -507,6 +509,29 @@ def pick_config(format: str, M: int, N: int, K: int, sms: int) -> Config:
     # Two blocks for each multiprocessor, and a step for each warp.
     split = min(2 * sms // max(blocks, 1), num_steps(K) // config.WARPS_K, 16)
     return replace(config, SPLIT_K=1 << max(split, 1).bit_length() - 1)
+
+
+def candidates(format: str, M: int, N: int, K: int, sms: int) -> list[Config]:
+    """Return the launches worth measuring for a shape, the one of `pick_config` first.
+
+    Some may not compile without spilling or may need more registers than a GPU has; whoever measures finds out.
+    """
+    tokens = next((tokens for tokens in (8, 16, 32, 64) if M <= tokens), 64)
+    most_sums = 8 if format == "semi24_int4" else 32  # operands a lane adds up in, four registers each
+    found = [pick_config(format, M, N, K, sms)]
+    for rows, (warps_n, warps_k), split, packed in itertools.product(
+        (1, 2, 4), ((1, 4), (1, 8), (1, 16), (2, 4), (4, 2), (8, 1)), (1, 2, 4), (False, True)
+    ):
+        if rows * tokens // 8 > most_sums or warps_k * split > num_steps(K) or tokens == 8 and warps_n > 1:
+            continue
+        ahead = max(1, min(CHUNKS[format], 8 // rows // (2 if tokens == 64 else 1)))
+        found.append(
+            Config(
+                TOKENS=tokens, ROW_TILES=rows, AHEAD=ahead, WARPS_N=warps_n, WARPS_K=warps_k, SPLIT_K=split,
+                PACKED_X=packed,
+            )
+        )  # fmt: skip
+    return list(dict.fromkeys(found))
 
 
 def spmm24(
@@ -550,7 +575,7 @@ def spmm24_int4(
     x: Tensor, fragments: Tensor, metadata: Tensor, scales: Tensor, N: int, bias: Tensor | None = None, *,
     activation: str | None = None, residual: Tensor | None = None, config: Config | None = None,
 ) -> Tensor:  # fmt: skip
-    """`spmm24` for int4 weights, `scales` of `fragments24.prepare_scales`; the sum of 128 columns is scaled, in fp32."""
+    """`spmm24` for int4 weights with `scales` of `fragments24.prepare_scales`, applied to fp32 sums of 128 columns."""
     return _spmm24("semi24_int4", x, fragments, metadata, scales, N, bias, activation, residual, config)
 
 
