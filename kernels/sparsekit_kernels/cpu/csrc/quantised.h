@@ -17,11 +17,12 @@
 // to 16 bits for bf16 x and 24 bits for fp32 x, and cut into signed bytes ("planes"), each multiplied on its own. Sums
 // within 128 columns are exact integers; they are scaled and added up in fp32. With X the largest |x| of its 128 columns:
 //
-//     bf16   |x| >= X / 100 is exact, others are off by at most X / 2^15
-//     fp32   off by at most X / 2^23
+//     bf16   |x| >= X / 100 is exact, others are off by at most 1.01 X / 2^15
+//     fp32   off by at most 1.01 X / 2^23
 //
-// For comparison: rounding y to bf16 is off by up to |y| / 2^8. NaN and infinities are left out of the sums and added to y
-// afterwards, by the rules of a dense product. Steps are at least 2^-126: what is smaller than half of that is zero.
+// For comparison: rounding y to bf16 is off by up to |y| / 2^8. NaN and infinities are left out of the sums and added to
+// y afterwards, by the rules of a dense product. Steps are at least 2^-126: what is smaller than half of that is zero.
+// The sums of q * x must fit fp32: from about |x| = 2^110 on they may be infinite where q * scale * x is still finite.
 #pragma once
 #include "spmm24.h"
 

@@ -115,7 +115,6 @@ struct QuantisedOf : Schedule {
     explicit QuantisedOf(const Problem& problem) : Schedule(problem), is_special(nullptr) {}
 
     static int64_t num_steps(int64_t g) { return ceil_div(g, SCALED_GROUPS); }
-    int64_t bytes_of_steps() const { return num_tokens * num_steps(groups) * Arch::PLANES * (int64_t)sizeof(Step); }
     int64_t bytes_of_x(int64_t tokens) const {
         return tokens * Arch::PLANES * (groups * 4 * (int64_t)sizeof(X) + num_steps(groups) * (int64_t)sizeof(Step));
     }
