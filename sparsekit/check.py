@@ -8,8 +8,9 @@ import torch.nn as nn
 from torch import Tensor
 
 from sparsekit.backends import BACKENDS
+from sparsekit.masks import Mask
 from sparsekit.nn import SparseLinear, sparse_layers, unwrapped
-from sparsekit.patterns import NM
+from sparsekit.patterns import NM, Block, Pattern
 from sparsekit.plan import Plan
 from sparsekit.report import Report
 from sparsekit.targets import is_linear, weight_NK
@@ -43,11 +44,11 @@ def check(model: nn.Module, plan: Plan | None = None) -> Report:
         if weight.device.type == "meta":
             continue
         mask = plan.masks.get(name) if plan else None
-        asked = mask.pattern if mask else NM(2, 4) if sparse is not None else None
+        asked = mask.pattern if mask else _pattern_of(sparse) if sparse is not None else None
         asked_share = mask.sparsity if mask else asked.fixed_sparsity() if asked else None
         got = sparsity_of(weight)
         finite = bool(torch.isfinite(weight).all())
-        broken = asked.count_violations(weight != 0) if asked else 0
+        broken = _count_broken(weight, asked, mask) if asked else 0
         if not finite:
             problems.append(f"{name} holds NaN or infinity")
         if broken:
@@ -80,7 +81,7 @@ def check(model: nn.Module, plan: Plan | None = None) -> Report:
         summary["bytes of the sparse layers"] = (
             f"{now_bytes:,} of {dense_bytes:,} dense ({now_bytes / dense_bytes:.3f})"
         )
-    notes = problems + _why_these_backends(packed)
+    notes = problems + _why_these_backends(packed) + _second_copies(packed)
     if plan is not None:
         missing = [name for name in plan.masks if name not in dict(model.named_modules())]
         notes += [f"the plan names {name}, which the model does not have" for name in missing]
@@ -93,6 +94,19 @@ def check(model: nn.Module, plan: Plan | None = None) -> Report:
     return Report("sparsekit check", rows, summary, notes, ok=not problems)
 
 
+def _pattern_of(layer: SparseLinear) -> Pattern:
+    """Return the pattern that the layer's format holds."""
+    return NM(2, 4) if layer.spec.block is None else Block(*layer.spec.block)
+
+
+def _count_broken(weight: Tensor, asked: Pattern, mask: Mask | None) -> int:
+    """Return in how many places `weight` breaks the pattern; a zero inside a kept block is not one."""
+    nonzero = weight != 0
+    if isinstance(asked, Block):
+        return asked.count_violations(nonzero | mask.keep.to(weight.device)) if mask else 0
+    return asked.count_violations(nonzero)
+
+
 def _why_these_backends(packed: dict[str, SparseLinear]) -> list[str]:
     """Return one sentence for each backend in use: how many layers, and why not the ones asked before it."""
     counts: Counter[tuple[str, str]] = Counter()
@@ -101,21 +115,31 @@ def _why_these_backends(packed: dict[str, SparseLinear]) -> list[str]:
     return [f"{count} layers run on {name!r}" + (f" ({why})" if why else "") for (name, why), count in counts.items()]
 
 
+def _second_copies(packed: dict[str, SparseLinear]) -> list[str]:
+    """Return a sentence on what second copies for prefill cost, if there are any."""
+    costs = [cost for cost in (layer.second_copy_bytes() for layer in packed.values()) if cost]
+    return [f"{len(costs)} layers keep a second copy of their weight for prefill: {sum(costs):,} bytes"] * bool(costs)
+
+
 def explain(model: nn.Module, num_tokens: tuple[int, ...] = (1, 16, 128, 1024)) -> Report:
     """Return, for each kind of linear layer, the backend chosen, the kernel at each M, and why not the others.
 
     One prepared copy serves every number of tokens, so a layer has one backend; inside it the kernel changes with the
-    number of tokens M (rows of x), as the columns "M=..." say.
+    number of tokens M (rows of x), as the columns "M=..." say. After `pack_(fuse=True)` the column "fused" names the
+    layers that share a launch, or says why they do not.
     """
     for m in num_tokens:
         if m < 1:
             raise ValueError(f"num_tokens={num_tokens}: {m} is no number of tokens, use 1 or more")
     model = unwrapped(model)
+    asked_to_fuse = any(layer.fusion for layer in sparse_layers(model).values())
     seen: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, module in model.named_modules():
         row: dict[str, Any]
         if isinstance(module, SparseLinear):
             row = _explain_sparse(module, num_tokens)
+            if asked_to_fuse:
+                row["fused"] = module.fusion
         elif is_linear(module):
             w_NK = weight_NK(module)
             row = {"weight": f"dense {w_NK.shape[0]}x{w_NK.shape[1]} {_short(w_NK.dtype)}", "backend": "torch"}

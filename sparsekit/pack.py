@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from sparsekit.backends import BACKENDS
+from sparsekit.backends import BACKENDS, PREFILLS
 from sparsekit.errors import NonFiniteError, PatternError, Unsupported
 from sparsekit.formats import FORMATS
 from sparsekit.hf.describe import describe_packed_
@@ -19,6 +19,8 @@ from sparsekit.interrupt import uninterrupted
 from sparsekit.nn import (
     SparseLinear,
     dense_layer,
+    disband_broken_groups_,
+    fuse_,
     replace_layer_,
     sparse_layers,
     unwrapped,
@@ -41,6 +43,8 @@ def pack_(
     *,
     layers: Collection[str] | None = None,
     scales: Mapping[str, Tensor] | None = None,
+    fuse: bool = False,
+    prefill: str = "dense",
     progress: bool = False,
 ) -> nn.Module:
     """Replace every `nn.Linear` whose weight obeys a packed format by a `SparseLinear`; return the same model.
@@ -57,15 +61,26 @@ def pack_(
         layers: qualified names of the only layers to pack; None for all that fit.
         scales: layer name -> the grid its weight was rounded to while it was pruned (`Plan.scales`), for a quantised
             format; the layers not in it are rounded to nearest on scales of their own.
+        fuse: run q, k and v of an attention, and gate and up of an MLP, as one product each, where the model is of a
+            family that we know (`sparsekit.nn.fused.SAME_INPUT`): fewer launches, the same numbers. The layers keep
+            their names and their places in the state dict. `explain` says which layers stay apart, and why.
+        prefill: what serves many tokens at a time. "dense": the one copy of the weight, which the kernels expand as
+            they need it. "cusparselt": a second copy of the weight, in cuSPARSELt's layout. "auto": a second copy
+            where the backend finds it faster on this machine. What second copies cost in bytes is said in a warning,
+            and in `check`.
         progress: show a bar.
-    Warns where layers with many zeros fit no format, and where nothing faster than the reference runs.
+    `fuse=True` and a `prefill` other than "dense" also count for layers that are packed already, as after `load`.
+    Warns where layers with many zeros fit no format, where nothing faster than the reference runs, where `fuse` finds
+    nothing to fuse, and of second copies.
 
     Raises:
-        ValueError: unknown format or backend, or there is no layer to pack.
+        ValueError: unknown format, backend or prefill, or there is no layer to pack.
         PatternError: no layer fits; or one breaks the format it was meant for, by name and number of groups.
         NonFiniteError: a weight holds NaN or infinity.
-        Unsupported: the named backend cannot run on this machine.
+        Unsupported: the named backend cannot run on this machine, or no backend has this prefill.
     """
+    if prefill not in PREFILLS:
+        raise ValueError(f"prefill={prefill!r} is none of {', '.join(map(repr, PREFILLS))}")
     if format != "auto":
         FORMATS.get(format)
     if backend != "auto":
@@ -74,27 +89,38 @@ def pack_(
         raise ValueError("pack_ replaces layers inside a model: for a single layer use SparseLinear.from_linear(layer)")
     whole, model = model, unwrapped(model)
     chosen, refused = _choose(model, format, layers)
-    if not chosen:
-        if sparse_layers(model):
-            return whole
+    packed_before = sparse_layers(model)
+    prefills = {name: layer.prefill for name, layer in packed_before.items()}
+    if not chosen and not packed_before:
         detail = "; ".join(f"{name}: {why}" for name, why in list(refused.items())[:5])
         if refused:
             raise PatternError(f"no layer fits a packed format. Prune it first, with sparsekit.prune_. {detail}")
         raise ValueError("the model has no nn.Linear layer to pack")
-    _speak_of_sparse_layers_left_dense(model, refused, asked=format != "auto")
+    if chosen:
+        _speak_of_sparse_layers_left_dense(model, refused, asked=format != "auto")
     replaced: list[_Replaced] = []
     try:
         with progress_bar("packing", len(chosen), progress) as bar:
             for name, layer_format in chosen.items():
                 bar.advance(0, name)
-                _pack_layer(model, name, layer_format, backend, (scales or {}).get(name), replaced)
+                _pack_layer(model, name, layer_format, backend, prefill, (scales or {}).get(name), replaced)
                 bar.advance()
-        describe_packed_(model)
+        if chosen:
+            describe_packed_(model)
+        if prefill != "dense":
+            _set_prefill_(packed_before, prefill)
+        apart = fuse_(model) if fuse else {}
     except BaseException:
         with uninterrupted():
             _put_back(model, replaced)
+            for name, layer in packed_before.items():
+                layer.set_prefill_(prefills[name])
         raise
-    warn_of_fallbacks(model)
+    if fuse and not any(layer.is_fused for layer in sparse_layers(model).values()):
+        _warn_of_nothing_fused(apart)
+    if chosen:
+        warn_of_fallbacks(model)
+    _warn_of_second_copies(model)
     return whole
 
 
@@ -109,15 +135,48 @@ class _Replaced:
 
 
 def _pack_layer(
-    model: nn.Module, name: str, format: str, backend: str, scales: Tensor | None, replaced: list[_Replaced]
+    model: nn.Module,
+    name: str,
+    format: str,
+    backend: str,
+    prefill: str,
+    scales: Tensor | None,
+    replaced: list[_Replaced],
 ) -> None:
     layer = model.get_submodule(name)
     try:
-        sparse = SparseLinear.from_linear(layer, format, backend, scales)
+        sparse = SparseLinear.from_linear(layer, format, backend, scales, prefill)
     except (PatternError, NonFiniteError, Unsupported) as error:
         raise type(error)(f"{name}: {error}") from None
     replaced.append(_Replaced(name, weakref.ref(layer), weakref.ref(layer.get_parameter("weight")), sparse))
     replace_layer_(model, name, sparse)
+
+
+def _set_prefill_(layers: Mapping[str, SparseLinear], prefill: str) -> None:
+    for name, layer in layers.items():
+        try:
+            layer.set_prefill_(prefill)
+        except Unsupported as error:
+            raise Unsupported(f"{name}: {error}") from None
+
+
+def _warn_of_nothing_fused(apart: Mapping[str, str]) -> None:
+    why = next((f"{names} stay apart: {reason}" for names, reason in apart.items()), None)
+    why = why or "no module of the model is of a class in sparsekit.nn.fused.SAME_INPUT"
+    warnings.warn(f"fuse=True fused nothing: {why}", stacklevel=3)
+
+
+def _warn_of_second_copies(model: nn.Module) -> None:
+    """Say what the second copies for prefill cost."""
+    layers = sparse_layers(model).values()
+    costs = [cost for layer in layers if (cost := layer.second_copy_bytes())]
+    if costs:
+        first = sum(layer.packed_bytes() for layer in layers) - sum(costs)
+        warnings.warn(
+            f"{len(costs)} packed layers keep a second copy of their weight for prefill: {sum(costs):,} bytes beside "
+            f"{first:,}. prefill='dense' does without",
+            stacklevel=3,
+        )
 
 
 def _put_back(model: nn.Module, replaced: list[_Replaced]) -> None:
@@ -131,6 +190,7 @@ def _put_back(model: nn.Module, replaced: list[_Replaced]) -> None:
                 layer.weight = weight
         if model.get_submodule(entry.name) is not layer:
             replace_layer_(model, entry.name, layer)
+    disband_broken_groups_(model)
     describe_packed_(model)
 
 
@@ -157,6 +217,7 @@ def replace_by_dense_(model: nn.Module, names: list[str]) -> None:
                 replace_layer_(model, name, layer)
         raise
     describe_packed_(model)
+    disband_broken_groups_(model)
 
 
 def _choose(model: nn.Module, format: str, wanted: Collection[str] | None) -> tuple[dict[str, str], dict[str, str]]:
@@ -182,7 +243,8 @@ def _choose(model: nn.Module, format: str, wanted: Collection[str] | None) -> tu
                 chosen[name] = format_name
                 refused.pop(name, None)
                 break
-            refused[name] = f"{broken:,} of {groups:,} groups break {format_name}"
+            reason = kind.describe_violations(broken, groups)
+            refused[name] = f"{refused[name]}; {reason}" if name in refused else reason
             if broken < DAMAGED_SHARE * groups and share_of_zeros(weight) < MOST_ZEROS_OF_24:
                 raise PatternError(
                     f"{name}: {broken:,} of {groups:,} groups of four break {format_name}, the others obey it: "

@@ -1,6 +1,6 @@
 """Modules that run packed weights, and how they take the places of dense ones."""
 
-from sparsekit.nn.fused import FusedGroup, fuse_
+from sparsekit.nn.fused import FusedGroup, disband_broken_groups_, fuse_
 from sparsekit.nn.replace import dense_layer, replace_layer_, sparse_layers, unwrapped, warn_of_fallbacks
 from sparsekit.nn.sparse_linear import SparseLinear
 
@@ -8,6 +8,7 @@ __all__ = [
     "FusedGroup",
     "SparseLinear",
     "dense_layer",
+    "disband_broken_groups_",
     "fuse_",
     "replace_layer_",
     "sparse_layers",

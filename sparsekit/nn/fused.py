@@ -15,9 +15,10 @@ Inference tensors have no version, and a compiler does not show it. There the pr
 layer of the group could write to x between the calls; between them, the classes in `SAME_INPUT` do not.
 """
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -27,6 +28,7 @@ from torch import Tensor
 from sparsekit.backends import BACKENDS, resolve
 from sparsekit.errors import Unsupported
 from sparsekit.formats import FORMATS, PackedWeight, WeightSpec
+from sparsekit.nn.replace import sparse_layers
 from sparsekit.nn.sparse_linear import Share, SparseLinear
 
 _QKV, _GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
@@ -48,24 +50,40 @@ def fuse_(model: nn.Module) -> dict[str, str]:
 
     Layers behind an adapter (`base_layer`) are found too. Every layer of a group says in `fusion` what became of it.
 
+    All or none, if it is interrupted.
+
     Returns:
         "parent: q_proj, k_proj, v_proj" -> why this group stays apart.
     """
     refused: dict[str, str] = {}
-    for parent_name, names, layers in _groups(model):
-        if any(layer.is_fused for layer in layers.values()):
-            continue
-        reason = next((f"{name} is not packed" for name in names if name not in layers), None)
-        if reason is None:
-            group = FusedGroup(tuple(names), tuple(layers[name] for name in names))
-            reason = group.why_not()
+    made: list[FusedGroup] = []
+    try:
+        for parent_name, names, layers in _groups(model):
+            if any(layer.is_fused for layer in layers.values()):
+                continue
+            reason = next((f"{name} is not packed" for name in names if name not in layers), None)
             if reason is None:
-                group.fuse_()
-        if reason is not None:
-            refused[f"{parent_name}: {', '.join(names)}"] = reason
-            for layer in layers.values():
-                layer.fusion = f"apart: {reason}"
+                made.append(FusedGroup(names, tuple(layers[name] for name in names)))
+                reason = made[-1].why_not()
+            if reason is None:
+                made[-1].fuse_()
+            else:
+                refused[f"{parent_name}: {', '.join(names)}"] = reason
+                for layer in layers.values():
+                    layer.fusion = f"apart: {reason}"
+    except BaseException:
+        for group in made:
+            group.disband_()
+        raise
     return refused
+
+
+def disband_broken_groups_(model: nn.Module) -> None:
+    """Let the layers of `model` stand alone that were fused with one that is no longer in it."""
+    layers = {id(layer): layer for layer in sparse_layers(model).values()}
+    for layer in layers.values():
+        if layer.group is not None and not all(id(member) in layers for member in layer.group.members):
+            layer.group.disband_()
 
 
 def _groups(model: nn.Module) -> Iterator[tuple[str, tuple[str, ...], dict[str, SparseLinear]]]:
@@ -98,20 +116,34 @@ class _Product(NamedTuple):
 class FusedGroup:
     """Layers run by one product. It is whole, or it is dissolved and its layers stand alone.
 
-    Attributes:
+    The layers know the group, so it knows them weakly: a deleted model is freed at once. One that is gone (its place
+    was given to another module, or a copy was made of one layer alone) leaves the others right, but each on its own.
+
+    Args:
         names: of the layers, as their parent calls them.
         members: the layers.
     """
 
     def __init__(self, names: tuple[str, ...], members: tuple[SparseLinear, ...]) -> None:
-        self.names, self.members = names, members
+        self.names, self._members = names, tuple(weakref.ref(layer) for layer in members)
         self._product: _Product | None = None
 
+    @property
+    def members(self) -> tuple[SparseLinear, ...]:
+        """The layers; fewer than `names` once one is gone."""
+        layers = [member() for member in self._members]
+        return tuple([layer for layer in layers if layer is not None])
+
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_product": None}  # it may hold a gradient, which cannot be copied
+        return {"names": self.names, "members": self.members}  # and no product: one with a gradient cannot be copied
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
 
     def why_not(self) -> str | None:
         """Return why these layers cannot be one, in a sentence, or None if they can."""
+        if len(self.members) < len(self.names):
+            return f"one of {', '.join(self.names)} is gone"
         first, *others = self.members
         for name, layer in zip(self.names, self.members, strict=True):
             if layer.out_features % ALIGNMENT:
@@ -157,7 +189,7 @@ class FusedGroup:
         for index, layer in enumerate(self.members):
             layer._set_canonical(parts[index])  # drops what it had prepared for itself
             layer._set_prepared(prepared, chosen.name, Share(self, index, first_row, spec))
-            layer.reasons, layer._group = reasons, self
+            layer.reasons, layer.group = reasons, self
             layer.fusion = "with " + ", ".join(name for name in self.names if name != self.names[index])
             first_row += layer.out_features
         self._product = None
@@ -171,10 +203,11 @@ class FusedGroup:
         self._product = None
 
     def disband_(self) -> None:
-        """Dissolve, for good."""
+        """Dissolve for good; each layer is prepared for itself."""
         self.dissolve_()
         for layer in self.members:
-            layer._group, layer.fusion = None, ""
+            layer.group, layer.fusion = None, ""
+            layer.prepare_()
 
     def share_(self, buffers: dict[str, Tensor | None]) -> None:
         """Let all members hold these prepared tensors."""
@@ -191,16 +224,19 @@ class FusedGroup:
             x: [..., K] in the weight's dtype.
             source: the tensor that the layer was called with: x, before autocast.
         """
-        if self.members[share.index] is not layer:  # the others' biases are not at hand, nor is their turn known
+        members = self.members
+        if len(members) < len(self.names) or members[share.index] is not layer:  # the others' biases are not at hand
             before, after = share.first_row, share.spec.out_features - share.first_row - layer.out_features
-            bias = None if layer.bias is None else F.pad(layer.bias, (before, after))
-            y = self._multiply(layer, share, x, bias)
+            padded = None if layer.bias is None else F.pad(layer.bias, (before, after))
+            y = self._multiply(layer, share, x, padded)
         else:
-            state = self._state(source)
+            own = [member.own_bias() for member in members]
+            biases = [bias for bias in own if bias is not None]
+            state = _state(source, members, biases)
             kept = self._take(share.index, source, state)
-            y = self._multiply(layer, share, x, self._bias()) if kept is None else kept
+            y = self._multiply(layer, share, x, self._joined(biases)) if kept is None else kept
             if kept is None:
-                others = tuple(index for index in range(len(self.members)) if index != share.index)
+                others = tuple([index for index in range(len(members)) if index != share.index])
                 self._product = None if state is None else _Product(source, state, y, others)
         return y.narrow(-1, share.first_row, layer.out_features)
 
@@ -217,24 +253,21 @@ class FusedGroup:
         self._product = _Product(source, product.state, product.y, waiting) if waiting else None
         return product.y
 
-    def _state(self, source: Tensor) -> tuple[object, ...] | None:
-        """Return what must be the same for a product to be right for another member; None if that cannot be known."""
-        grad = torch.is_grad_enabled()
-        read = [source, *self._biases()]
-        if torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in read):
-            hooked = any(member._forward_pre_hooks or member._forward_hooks for member in self.members)
-            return None if hooked else (grad,)
-        return grad, *[id(tensor) for tensor in read], *[tensor._version for tensor in read]
-
-    def _biases(self) -> list[Tensor]:
-        return [bias for member in self.members if (bias := member.own_bias()) is not None]
-
-    def _bias(self) -> Tensor | None:
+    def _joined(self, biases: list[Tensor]) -> Tensor | None:
         """All biases, one after the other. Concatenated at each call: a copy could not know of `bias.data.copy_`."""
-        biases = self._biases()
-        if len(biases) not in (0, len(self.members)):
+        if len(biases) not in (0, len(self.names)):
             raise RuntimeError(f"a bias of {', '.join(self.names)} was taken away or added: pack the model again")
         return torch.cat(biases) if biases else None
 
     def _spec(self) -> WeightSpec:
         return replace(self.members[0].spec, out_features=sum(layer.out_features for layer in self.members))
+
+
+def _state(source: Tensor, members: Sequence[SparseLinear], biases: Sequence[Tensor]) -> tuple[object, ...] | None:
+    """Return what must be the same for a product to be right for another member; None if that cannot be known."""
+    grad = torch.is_grad_enabled()
+    read = [source, *biases]
+    if torch.compiler.is_compiling() or any([tensor.is_inference() for tensor in read]):
+        hooked = any([member._forward_pre_hooks or member._forward_hooks for member in members])
+        return None if hooked else (grad,)
+    return grad, *[(id(tensor), tensor._version) for tensor in read]

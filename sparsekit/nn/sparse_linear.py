@@ -54,6 +54,7 @@ class SparseLinear(nn.Linear):
         prefill: what was asked for, see `sparsekit.backends.PREFILLS`.
         backend: name of the backend in use; empty before `prepare_`.
         reasons: backend name -> why it was passed over.
+        group: the layers that it is fused with whenever they are on one device; None where it stands alone.
         fusion: with which layers it shares a launch, or why it does not; empty where nobody asked.
         dense_requires_grad: whether the dense weight that `unpack_` builds shall want gradients.
         source: class of the layer this one stands for, "Linear" or "Conv1D"; `unpack_` builds that one.
@@ -82,7 +83,7 @@ class SparseLinear(nn.Linear):
         self._op: SparseOp | None = None
         self._prepared_names: tuple[str, ...] = ()
         self._share: Share | None = None
-        self._group: FusedGroup | None = None
+        self.group: FusedGroup | None = None
         for name, (shape, dtype) in FORMATS.get(spec.format).parts(spec).items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
         if bias:
@@ -150,7 +151,7 @@ class SparseLinear(nn.Linear):
             CheckpointError: the canonical tensors are not a legal weight of this format.
             Unsupported: the requested backend cannot run here.
         """
-        if self.is_prepared or self.device.type == "meta" or (self._group is not None and self._group.fuse_()):
+        if self.is_prepared or self.device.type == "meta" or (self.group is not None and self.group.fuse_()):
             return self
         packed = self.packed()
         FORMATS.get(self.spec.format).validate(packed)
@@ -159,18 +160,19 @@ class SparseLinear(nn.Linear):
         return self
 
     def set_prefill_(self, prefill: str) -> SparseLinear:
-        """Prepare the weight anew for another `prefill`; a layer that is fused leaves its group.
+        """Prepare the weight anew for another `prefill`; a fused one once all of its group have the same.
 
         Raises:
             Unsupported: the requested backend has no such path. Nothing has changed.
         """
         if prefill != self.prefill:
             resolve(self.requested_backend, self.spec, self.device, prefill)
-            if self._group is not None:
-                self._group.disband_()
+            if self._share is not None:
+                self._share.group.dissolve_()
             self._set_canonical(self.packed())
             self.prefill = prefill
-        return self.prepare_()
+            self._settle()
+        return self
 
     @property
     def is_prepared(self) -> bool:
@@ -332,8 +334,8 @@ class SparseLinear(nn.Linear):
         was_prepared = self.is_prepared
         if was_prepared and moved.device.type != "meta":
             resolve(self.requested_backend, spec, moved.device, self.prefill)  # raises before anything has changed
-        if self._group is not None and moved.device.type == "meta":
-            self._group.disband_()
+        if self.group is not None and moved.device.type == "meta":
+            self.group.disband_()  # what comes back from there is another weight
         elif self._share is not None:
             self._share.group.dissolve_()
         there = {name: _moved(fn, tensor) for name, tensor in self.packed().tensors.items()}
@@ -344,10 +346,16 @@ class SparseLinear(nn.Linear):
             self._buffers[name] = None
         super()._apply(fn, recurse)
         self._set_canonical(packed)
-        if self._group is not None:
-            self._group.fuse_()  # once the last of the group has come; one that was moved alone prepares when it runs
-            return self
-        return self.prepare_() if was_prepared else self
+        if was_prepared or self.group is not None:
+            self._settle()
+        return self
+
+    def _settle(self) -> None:
+        """Prepare after a change; a group when the last of it has come. What changed alone prepares when it runs."""
+        if self.group is None:
+            self.prepare_()
+        else:
+            self.group.fuse_()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if self.bias is not None:
