@@ -14,12 +14,14 @@ the scratch another (9/8 + 2) N K bytes / 4.3 TB/s, so decompress takes 2.1 time
 1.3 at 1024 and 1.07 at 4096. mma without any gain from sparsity, at 60 % of the dense rate, takes 1.7 times; with all
 of the gain it would be ahead of dense at every M.
 
+The weights of fp8, int8 and int4 go the same ways, but for cuSPARSELt: decompressed to the dtype of x.
+
 Sparse can lose to a resident dense weight between about 100 and 500 tokens whatever runs. Nobody keeps that weight, so
 it is no candidate, but it is measured beside the others: `stay_dense` tells.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
 from typing import NamedTuple
 
@@ -28,7 +30,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsekit_kernels import cusparselt, tuning
-from sparsekit_kernels.tuning import Candidate, Choice, Standing
+from sparsekit_kernels.tuning import Candidate, Choice, Row, Standing
+
+Config = Mapping[str, int | str]  # of mma, as its `Config` has it
 
 MODES = ("auto", "dense", "cusparselt")
 MMA_UP_TO = 512  # tokens, where nothing was measured
@@ -43,18 +47,23 @@ def spmm24_large(
     N: int,
     bias: Tensor | None = None,
     *,
+    format: str = "semi24",
+    scales: Tensor | None = None,
     blob: Tensor | None = None,
     mode: str = "auto",
     activation: str | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """Return x @ W.T + bias, activated, plus residual, for a 16-bit 2:4 weight; x is [..., K], the result [..., N].
+    """Return x @ W.T + bias, activated, plus residual, for a 2:4 weight; x is [..., K], the result [..., N].
 
-    Right for any number of tokens, meant for more than 64.
+    Right for any number of tokens, meant for more than 64. The first call with a new bucket of M measures, some tenths
+    of a second, unless a table or the cache knows.
 
     Args:
         x, fragments, metadata, N, bias, activation, residual: as `spmm24_mma.spmm24` takes them.
-        blob: the same weight from `cusparselt.prepare`, if there is one.
+        format: of the weight, see `fragments24`.
+        scales: None for semi24, else as the kernel of the format takes them.
+        blob: the same semi24 weight from `cusparselt.prepare`, if there is one.
         mode: "auto" for the fastest of all that can run, "dense" for the fastest that needs no blob, "cusparselt" for
             that one whatever it takes.
     Raises:
@@ -63,11 +72,12 @@ def spmm24_large(
     """
     K = x.shape[-1]
     M = x.numel() // K if K else 0
-    product = x, fragments, metadata, N, bias, blob, activation, residual
+    product = x, fragments, metadata, N, bias, format, scales, blob, activation, residual
     if M == 0:  # nothing to choose: the checks and the empty result are its own
         return _mma(product, {})
     # The number of the device and not the device: hashing that costs more than all the rest.
-    shape = (N, K, tuning.bucket(M), x.dtype, x.get_device(), bias is None, blob is None, mode, activation)
+    device = x.get_device()
+    shape = (N, K, tuning.bucket(M), format, x.dtype, device, bias is None, blob is None, mode, activation)
     choice = _choices.get(shape)
     if choice is None:
         choice = _choose(product, M, mode)
@@ -76,14 +86,47 @@ def spmm24_large(
     return KERNELS[choice.kernel](product, choice.config)
 
 
+def tune(
+    x: Tensor,
+    fragments: Tensor,
+    metadata: Tensor,
+    N: int,
+    bias: Tensor | None = None,
+    *,
+    format: str = "semi24",
+    scales: Tensor | None = None,
+    blob: Tensor | None = None,
+    activation: str | None = None,
+    configs: Iterable[Config] = (),
+) -> Row:
+    """Measure every kernel on this very product, mma in each of `configs` too, and keep the row in the user's cache.
+
+    For any M, few tokens as well. `tuning.export` makes a table of all that was measured.
+    """
+    product = x, fragments, metadata, N, bias, format, scales, blob, activation, None
+    key = tuning.key(format, x.dtype, N, x.shape[-1], x.numel() // x.shape[-1])
+    with torch.no_grad():
+        return tuning.measure_row(
+            key, x.device, lambda: _candidates(product, _allowed("auto", blob is not None), configs)
+        )
+
+
 def choice_for(
-    M: int, N: int, K: int, dtype: torch.dtype, device: torch.device, *, has_blob: bool = False, mode: str = "auto"
+    M: int,
+    N: int,
+    K: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    format: str = "semi24",
+    has_blob: bool = False,
+    mode: str = "auto",
 ) -> Choice:
     """Return what `spmm24_large` would run for M >= 1 tokens, as far as that is known without measuring."""
     allowed = _allowed(mode, has_blob)
     if len(allowed) == 1:
         return Choice(allowed[0], {}, "asked")
-    return tuning.known(tuning.key("semi24", dtype, N, K, M), device, allowed, _rule(M))
+    return tuning.known(tuning.key(format, dtype, N, K, M), device, allowed, _rule(M))
 
 
 class DenseVerdict(NamedTuple):
@@ -109,7 +152,7 @@ class DenseVerdict(NamedTuple):
 
 
 def stay_dense(
-    N: int, K: int, dtype: torch.dtype, device: torch.device, *, has_blob: bool = False, format: str = "semi24"
+    N: int, K: int, dtype: torch.dtype, device: torch.device, *, format: str = "semi24", has_blob: bool = False
 ) -> DenseVerdict:
     """Return where dense would be faster than every kernel that may run, and by how much; from tables alone."""
     allowed = {"mma", "decompress"} | ({"cusparselt"} if has_blob else set())
@@ -141,40 +184,38 @@ def _rule(M: int) -> str:
     return "mma" if M <= MMA_UP_TO else "decompress"
 
 
-# x, fragments, metadata, N, bias, blob, activation and residual, as every kernel gets them: a plain tuple, since making
-# an object of them takes longer than the choice of the kernel.
-_Product = tuple[Tensor, Tensor, Tensor, int, Tensor | None, Tensor | None, str | None, Tensor | None]
+# x, fragments, metadata, N, bias, format, scales, blob, activation and residual, as every kernel gets them: a plain
+# tuple, since making an object of them takes longer than the choice of the kernel.
+_Product = tuple[
+    Tensor, Tensor, Tensor, int, Tensor | None, str, Tensor | None, Tensor | None, str | None, Tensor | None
+]
 
 
 def _choose(product: _Product, M: int, mode: str) -> Choice:
-    x, _, _, N, _, blob, _, _ = product
+    x, _, _, N, _, format, _, blob, _, _ = product
     allowed = _allowed(mode, blob is not None)
     if len(allowed) == 1:
         return Choice(allowed[0], {}, "asked")
-    key = tuning.key("semi24", x.dtype, N, x.shape[-1], M)
+    key = tuning.key(format, x.dtype, N, x.shape[-1], M)
     with torch.no_grad():
         return tuning.choose(key, x.device, allowed, _rule(M), lambda: _candidates(product, allowed))
 
 
-def _candidates(product: _Product, allowed: tuple[str, ...]) -> list[Candidate]:
+def _candidates(product: _Product, allowed: tuple[str, ...], configs: Iterable[Config] = ()) -> list[Candidate]:
     """The allowed kernels on this very product, and for the record the dense weight that nobody keeps."""
-    weight = _dense_weight(product)
-    return [
-        *(Candidate(name, [functools.partial(KERNELS[name], product, {})]) for name in allowed),
-        Candidate("dense", [functools.partial(_multiply_dense, product, weight)]),
-    ]
-
-
-Config = Mapping[str, int | str]
+    resident = functools.partial(_multiply_dense, product, _dense_weight(product))
+    found = [Candidate(name, [functools.partial(KERNELS[name], product, {})]) for name in allowed]
+    found += [Candidate("mma", [functools.partial(_mma, product, config)], config) for config in configs]
+    return [*found, Candidate("dense", [resident])]
 
 
 def _mma(product: _Product, config: Config) -> Tensor:
-    x, fragments, metadata, N, bias, _, activation, residual = product
+    x, fragments, metadata, N, bias, format, scales, _, activation, residual = product
     module = _mma_module()
-    return module.spmm24(
-        x, fragments, metadata, N, bias, activation=activation, residual=residual,
-        config=module.Config(**config) if config else None,
-    )  # fmt: skip
+    multiply = getattr(module, "spmm24" + format.removeprefix("semi24"))
+    weight = (fragments, metadata) if scales is None else (fragments, metadata, scales)
+    launch = module.Config(**config) if config else None
+    return multiply(x, *weight, N, bias, activation=activation, residual=residual, config=launch)
 
 
 def _decompress(product: _Product, config: Config) -> Tensor:
@@ -182,7 +223,7 @@ def _decompress(product: _Product, config: Config) -> Tensor:
 
 
 def _cusparselt(product: _Product, config: Config) -> Tensor:
-    x, _, _, N, bias, blob, activation, residual = product
+    x, _, _, N, bias, _, _, blob, activation, residual = product
     assert blob is not None
     return _finish(cusparselt.spmm24(x, blob, N, x.shape[-1], bias), activation, residual)
 
@@ -196,12 +237,15 @@ KERNELS: dict[str, Callable[[_Product, Config], Tensor]] = {
 
 def _dense_weight(product: _Product) -> Tensor:
     """The dense weight [N, K], its rows in the order of W."""
-    x, fragments, metadata, N, _, _, activation, _ = product
-    return _mma_module().decompress(fragments, metadata, N, x.shape[-1], x.dtype, gated=activation is not None)
+    x, fragments, metadata, N, _, format, scales, _, activation, _ = product
+    gated = activation is not None
+    return _mma_module().decompress(
+        fragments, metadata, N, x.shape[-1], x.dtype, format=format, scales=scales, gated=gated
+    )
 
 
 def _multiply_dense(product: _Product, weight: Tensor) -> Tensor:
-    x, _, _, _, bias, _, activation, residual = product
+    x, _, _, _, bias, _, _, _, activation, residual = product
     return _finish(F.linear(x, weight, bias), activation, residual)
 
 

@@ -176,9 +176,12 @@ def choose(
     choice = known(key, device, allowed, rule)
     if choice.lasts or not may_measure(device):
         return choice
-    with _measuring:
-        row = _measure_row(key, device, candidates)
-    return choice._replace(lasts=True) if row is None else _fastest(row, allowed, rule, "measured")
+    try:
+        row = measure_row(key, device, candidates)
+    except torch.OutOfMemoryError:
+        warnings.warn(f"no memory left to measure {key}: a rule of thumb chooses its kernel for now", stacklevel=3)
+        return choice._replace(lasts=True)
+    return _fastest(row, allowed, rule, "measured")
 
 
 def known(key: Key, device: torch.device, allowed: Iterable[str], rule: str) -> Choice:
@@ -276,6 +279,33 @@ def measure(
     return [statistics.median(values) * 1e6 for values in times]
 
 
+def measure_row(key: Key, device: torch.device, candidates: Callable[[], Sequence[Candidate]]) -> Row:
+    """Measure candidates, store the row of the fastest config of each kernel, and return it.
+
+    A kernel that fails is recorded as one that cannot run. Of several configs of a kernel some may fail in silence: it
+    is for the measurement to find out which fit the GPU.
+
+    Raises:
+        RuntimeError: measuring is not allowed now, or no candidate runs; the message has the errors.
+        torch.OutOfMemoryError: there is no memory for what is measured.
+    """
+    with _measuring:
+        usable, failed = _try_all(key, candidates())
+        times = measure(usable, device)
+    row: Row = {kernel: Measured(None) for kernel in sorted(failed)}
+    for us, candidate in sorted(zip(times, usable, strict=True), key=lambda pair: pair[0], reverse=True):
+        row[candidate.kernel] = Measured(round(us, 3), dict(candidate.config))  # the fastest config comes last
+    store(key, row, device)
+    return row
+
+
+def best_config(kernel: str, key: Key, device: torch.device) -> Mapping[str, int | str] | None:
+    """Return the config in which a kernel was fastest; None where it was not measured, or its own choice was."""
+    found = lookup(key, device)
+    entry = None if found is None else found[0].get(kernel)
+    return None if entry is None or entry.us is None or not entry.config else entry.config
+
+
 def export(device: torch.device, path: Path) -> int:
     """Write all times that the cache has of this GPU as one table, for `configs/`; return its number of rows."""
     name = gpu_name(device)
@@ -340,23 +370,8 @@ def slug(name: str) -> str:
 _measuring = threading.RLock()  # two measurements at a time would time each other
 
 
-def _measure_row(key: Key, device: torch.device, candidates: Callable[[], Sequence[Candidate]]) -> Row | None:
-    """Measure and store a row; None, with a warning, where the GPU has no memory left to do so."""
-    try:
-        usable, failed = _try_all(key, candidates())
-        times = measure(usable, device)
-    except torch.OutOfMemoryError:
-        warnings.warn(f"no memory left to measure {key}: a rule of thumb chooses its kernel for now", stacklevel=4)
-        return None
-    row: Row = {kernel: Measured(None) for kernel in failed}
-    for us, candidate in sorted(zip(times, usable, strict=True), key=lambda pair: pair[0], reverse=True):
-        row[candidate.kernel] = Measured(round(us, 3), dict(candidate.config))  # the fastest config comes last
-    store(key, row, device)
-    return row
-
-
-def _try_all(key: Key, candidates: Sequence[Candidate]) -> tuple[list[Candidate], list[str]]:
-    """Call each once; return those that run, and the kernels of the others, of whose errors a warning tells."""
+def _try_all(key: Key, candidates: Sequence[Candidate]) -> tuple[list[Candidate], set[str]]:
+    """Call each once; return those that run, and the kernels of which none does, with a warning that has the error."""
     usable, errors = [], {}
     for candidate in candidates:
         try:
@@ -369,9 +384,10 @@ def _try_all(key: Key, candidates: Sequence[Candidate]) -> tuple[list[Candidate]
             usable.append(candidate)
     if not usable:
         raise RuntimeError(f"no kernel runs {key}: {errors}")
-    for kernel, reason in errors.items():
-        warnings.warn(f"{kernel} cannot run {key}, so it is left out: {reason}", stacklevel=5)
-    return usable, list(errors)
+    failed = set(errors) - {candidate.kernel for candidate in usable}
+    for kernel in sorted(failed):
+        warnings.warn(f"{kernel} cannot run {key}, so it is left out: {errors[kernel]}", stacklevel=4)
+    return usable, failed
 
 
 def _fastest(row: Row, allowed: tuple[str, ...], rule: str, source: str) -> Choice:
@@ -469,7 +485,7 @@ def _parsed_row(kernels: Mapping[str, Any]) -> Row:
         us, config = entry["us"], entry["config"]
         if us is not None and not (type(us) in (int, float) and math.isfinite(us) and us > 0):
             raise ValueError(f"{name} took {us!r} microseconds in it")
-        if not isinstance(config, dict) or not all(type(value) in (int, str) for value in config.values()):
+        if not isinstance(config, dict) or not all(type(value) in (int, str, bool) for value in config.values()):
             raise ValueError(f"{name} has the config {config!r} in it")
         row[name] = Measured(us, config)
     return row

@@ -3,7 +3,9 @@
 The kernels themselves are tested where they live; on a GPU the whole is run at the end.
 """
 
+import inspect
 import timeit
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -45,9 +47,14 @@ def gpu(monkeypatch, tmp_path):
             raise RuntimeError("ptxas failed")
         return reference(x, weight(fragments, metadata, N, x), bias, activation, residual, x.dtype)
 
-    def decompress(fragments, metadata, N, K, dtype, *, gated=False):
+    def spmm24_int8(x, fragments, metadata, scales, N, bias=None, **options):
+        assert scales is state.scales
+        return spmm24(x, fragments, metadata, N, bias, **options)
+
+    def decompress(fragments, metadata, N, K, dtype, *, format="semi24", scales=None, gated=False):
         if state.no_memory:
             raise torch.OutOfMemoryError("CUDA out of memory")
+        assert dtype == DTYPE and (format, scales) in (("semi24", None), ("semi24_int8", state.scales))
         state.ran.append("decompress")
         return state.weight
 
@@ -69,7 +76,10 @@ def gpu(monkeypatch, tmp_path):
     torch.manual_seed(0)
     state.weight = weight24(N, K, DTYPE)
     state.fragments, state.metadata = fragments24.prepare(*layout24.compress24(state.weight), "semi24")
-    module = SimpleNamespace(spmm24=spmm24, decompress=decompress, Config=lambda **config: config)
+    state.scales = torch.ones(N)
+    module = SimpleNamespace(
+        spmm24=spmm24, spmm24_int8=spmm24_int8, decompress=decompress, Config=lambda **config: config
+    )
     monkeypatch.setattr(prefill24, "_mma_module", lambda: module)
     monkeypatch.setattr(prefill24, "_choices", {})
     monkeypatch.setattr(cusparselt, "spmm24", multiply_blob)
@@ -139,6 +149,31 @@ class TestTheFastest:
         tuning.store(Key("semi24", "bfloat16", N, K, 128), row, CUDA)
         assert call(gpu) == ["mma"] and gpu.configs == [{"TOKENS": 64}]
 
+    def test_formats_have_rows_of_their_own(self, gpu):
+        call(gpu)
+        quantised = {"format": "semi24_int8", "scales": gpu.scales}
+        gpu.us["mma"] = 1
+        assert len(call(gpu, **quantised)) > 20
+        assert call(gpu, **quantised) == ["mma"] and call(gpu) == ["decompress"]
+
+    @pytest.mark.parametrize("M", [8, 300])
+    def test_tuning_measures_configs_and_keeps_the_best(self, M, gpu, monkeypatch):
+        configs = [{"TOKENS": tokens, "PACKED_X": tokens == 16} for tokens in (8, 16, 32)]
+        timer = tuning._timer(CUDA)
+
+        def time_call(call):
+            seconds = timer(call)
+            return seconds / 10 if gpu.ran[-1] == "mma" and gpu.configs[-1] == configs[1] else seconds
+
+        monkeypatch.setattr(tuning, "_timer", lambda device: time_call)
+        row = prefill24.tune(torch.randn(M, K).to(DTYPE), gpu.fragments, gpu.metadata, N, configs=configs)
+        assert row["mma"] == Measured(3.0, configs[1]) and set(row) == {"mma", "decompress", "dense"}
+        assert tuning.lookup(tuning.key("semi24", DTYPE, N, K, M), CUDA) == (row, "cache")
+        assert tuning.best_config("mma", tuning.key("semi24", DTYPE, N, K, M), CUDA) == configs[1]
+        assert tuning.best_config("decompress", tuning.key("semi24", DTYPE, N, K, M), CUDA) is None
+        gpu.configs.clear()
+        assert call(gpu, M=M) == ["mma"] and gpu.configs == [configs[1]]
+
 
 class TestWhereNothingMayBeMeasured:
     def test_the_rule_runs_and_is_not_remembered(self, gpu):
@@ -196,6 +231,25 @@ def test_bias_activation_and_residual_whatever_runs(shape, mode, blob, gpu):
         expected = reference(x, gpu.weight, bias, activation, residual)
         assert y.shape == expected.shape and y.dtype == DTYPE
         assert torch.allclose(y.double(), expected, rtol=3e-2, atol=3e-2)
+
+
+def test_the_imitations_are_called_as_the_kernels_want_to_be(gpu):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from sparsekit_kernels import spmm24_mma
+
+    options = {"activation": None, "residual": None, "config": None}
+    for format in fragments24.FORMATS:
+        scales = [] if format == "semi24" else ["scales"]
+        multiply = getattr(spmm24_mma, "spmm24" + format.removeprefix("semi24"))
+        found = inspect.signature(multiply).bind("x", "fragments", "metadata", *scales, "N", "bias", **options)
+        assert all(name == value for name, value in found.arguments.items() if name not in options)
+        inspect.signature(spmm24_mma.decompress).bind(
+            "fragments", "metadata", "N", "K", "dtype", format=format, scales=None, gated=False
+        )
+        key = Key(format, "bfloat16", 4096, 4096, 16)
+        for config in spmm24_mma.candidates(format, 16, 4096, 4096, 132):
+            tuning.store(key, {"mma": Measured(1.0, asdict(config))}, CUDA)
+            assert spmm24_mma.Config(**tuning.best_config("mma", key, CUDA)) == config
 
 
 def test_wrong_arguments(gpu):

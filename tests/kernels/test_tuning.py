@@ -144,6 +144,16 @@ class TestChoose:
         tuning.choose(KEY, DEVICE, ["mma"], "mma", lambda: configs)
         assert tuning.choose(KEY, DEVICE, ["mma"], "mma", refuse) == ("mma", {"num_warps": 8}, "cache", True)
 
+    def test_a_config_that_fails_is_passed_over(self, clock):
+        def fail():
+            raise RuntimeError("out of registers")
+
+        configs = [Candidate("mma", [fail], {"num_warps": 1}), Candidate("mma", [lambda: 2e-6], {"num_warps": 2})]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            choice = tuning.choose(KEY, DEVICE, ["mma"], "mma", lambda: [*configs, *configs[:1]])
+        assert choice.config == {"num_warps": 2}
+
     def test_a_kernel_that_came_later_is_measured_with_the_others(self, clock):
         tuning.choose(KEY, DEVICE, ["mma"], "mma", taking(mma=5))
         later = tuning.choose(KEY, DEVICE, ["mma", "cusparselt"], "mma", taking(mma=6, cusparselt=4))
