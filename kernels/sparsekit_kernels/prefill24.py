@@ -21,7 +21,7 @@ it is no candidate, but it is measured beside the others: `stay_dense` tells.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import NamedTuple
 
@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsekit_kernels import cusparselt, tuning
-from sparsekit_kernels.tuning import Candidate, Choice, Row, Standing
+from sparsekit_kernels.tuning import Candidate, Choice, Standing
 
 Config = Mapping[str, int | str]  # of mma, as its `Config` has it
 
@@ -84,31 +84,6 @@ def spmm24_large(
         if choice.lasts:
             _choices[shape] = choice
     return KERNELS[choice.kernel](product, choice.config)
-
-
-def tune(
-    x: Tensor,
-    fragments: Tensor,
-    metadata: Tensor,
-    N: int,
-    bias: Tensor | None = None,
-    *,
-    format: str = "semi24",
-    scales: Tensor | None = None,
-    blob: Tensor | None = None,
-    activation: str | None = None,
-    configs: Iterable[Config] = (),
-) -> Row:
-    """Measure every kernel on this very product, mma in each of `configs` too, and keep the row in the user's cache.
-
-    For any M, few tokens as well. `tuning.export` makes a table of all that was measured.
-    """
-    product = x, fragments, metadata, N, bias, format, scales, blob, activation, None
-    key = tuning.key(format, x.dtype, N, x.shape[-1], x.numel() // x.shape[-1])
-    with torch.no_grad():
-        return tuning.measure_row(
-            key, x.device, lambda: _candidates(product, _allowed("auto", blob is not None), configs)
-        )
 
 
 def choice_for(
@@ -201,11 +176,10 @@ def _choose(product: _Product, M: int, mode: str) -> Choice:
         return tuning.choose(key, x.device, allowed, _rule(M), lambda: _candidates(product, allowed))
 
 
-def _candidates(product: _Product, allowed: tuple[str, ...], configs: Iterable[Config] = ()) -> list[Candidate]:
+def _candidates(product: _Product, allowed: tuple[str, ...]) -> list[Candidate]:
     """The allowed kernels on this very product, and for the record the dense weight that nobody keeps."""
     resident = functools.partial(_multiply_dense, product, _dense_weight(product))
     found = [Candidate(name, [functools.partial(KERNELS[name], product, {})]) for name in allowed]
-    found += [Candidate("mma", [functools.partial(_mma, product, config)], config) for config in configs]
     return [*found, Candidate("dense", [resident])]
 
 

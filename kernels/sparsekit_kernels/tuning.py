@@ -177,7 +177,7 @@ def choose(
     if choice.lasts or not may_measure(device):
         return choice
     try:
-        row = measure_row(key, device, candidates)
+        row = _measure_row(key, device, candidates)
     except torch.OutOfMemoryError:
         warnings.warn(f"no memory left to measure {key}: a rule of thumb chooses its kernel for now", stacklevel=3)
         return choice._replace(lasts=True)
@@ -279,26 +279,6 @@ def measure(
     return [statistics.median(values) * 1e6 for values in times]
 
 
-def measure_row(key: Key, device: torch.device, candidates: Callable[[], Sequence[Candidate]]) -> Row:
-    """Measure candidates, store the row of the fastest config of each kernel, and return it.
-
-    A kernel that fails is recorded as one that cannot run. Of several configs of a kernel some may fail in silence: it
-    is for the measurement to find out which fit the GPU.
-
-    Raises:
-        RuntimeError: measuring is not allowed now, or no candidate runs; the message has the errors.
-        torch.OutOfMemoryError: there is no memory for what is measured.
-    """
-    with _measuring:
-        usable, failed = _try_all(key, candidates())
-        times = measure(usable, device)
-    row: Row = {kernel: Measured(None) for kernel in sorted(failed)}
-    for us, candidate in sorted(zip(times, usable, strict=True), key=lambda pair: pair[0], reverse=True):
-        row[candidate.kernel] = Measured(round(us, 3), dict(candidate.config))  # the fastest config comes last
-    store(key, row, device)
-    return row
-
-
 def best_config(kernel: str, key: Key, device: torch.device) -> Mapping[str, int | str] | None:
     """Return the config in which a kernel was fastest; None where it was not measured, or its own choice was."""
     found = lookup(key, device)
@@ -368,6 +348,26 @@ def slug(name: str) -> str:
 
 
 _measuring = threading.RLock()  # two measurements at a time would time each other
+
+
+def _measure_row(key: Key, device: torch.device, candidates: Callable[[], Sequence[Candidate]]) -> Row:
+    """Measure candidates, store the row of the fastest config of each kernel, and return it.
+
+    A kernel that fails is recorded as one that cannot run. Of several configs of a kernel some may fail in silence: it
+    is for the measurement to find out which fit the GPU.
+
+    Raises:
+        RuntimeError: measuring is not allowed now, or no candidate runs; the message has the errors.
+        torch.OutOfMemoryError: there is no memory for what is measured.
+    """
+    with _measuring:
+        usable, failed = _try_all(key, candidates())
+        times = measure(usable, device)
+    row: Row = {kernel: Measured(None) for kernel in sorted(failed)}
+    for us, candidate in sorted(zip(times, usable, strict=True), key=lambda pair: pair[0], reverse=True):
+        row[candidate.kernel] = Measured(round(us, 3), dict(candidate.config))  # the fastest config comes last
+    store(key, row, device)
+    return row
 
 
 def _try_all(key: Key, candidates: Sequence[Candidate]) -> tuple[list[Candidate], set[str]]:

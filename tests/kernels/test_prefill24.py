@@ -156,24 +156,6 @@ class TestTheFastest:
         assert len(call(gpu, **quantised)) > 20
         assert call(gpu, **quantised) == ["mma"] and call(gpu) == ["decompress"]
 
-    @pytest.mark.parametrize("M", [8, 300])
-    def test_tuning_measures_configs_and_keeps_the_best(self, M, gpu, monkeypatch):
-        configs = [{"TOKENS": tokens, "PACKED_X": tokens == 16} for tokens in (8, 16, 32)]
-        timer = tuning._timer(CUDA)
-
-        def time_call(call):
-            seconds = timer(call)
-            return seconds / 10 if gpu.ran[-1] == "mma" and gpu.configs[-1] == configs[1] else seconds
-
-        monkeypatch.setattr(tuning, "_timer", lambda device: time_call)
-        row = prefill24.tune(torch.randn(M, K).to(DTYPE), gpu.fragments, gpu.metadata, N, configs=configs)
-        assert row["mma"] == Measured(3.0, configs[1]) and set(row) == {"mma", "decompress", "dense"}
-        assert tuning.lookup(tuning.key("semi24", DTYPE, N, K, M), CUDA) == (row, "cache")
-        assert tuning.best_config("mma", tuning.key("semi24", DTYPE, N, K, M), CUDA) == configs[1]
-        assert tuning.best_config("decompress", tuning.key("semi24", DTYPE, N, K, M), CUDA) is None
-        gpu.configs.clear()
-        assert call(gpu, M=M) == ["mma"] and gpu.configs == [configs[1]]
-
 
 class TestWhereNothingMayBeMeasured:
     def test_the_rule_runs_and_is_not_remembered(self, gpu):

@@ -143,6 +143,8 @@ class TestChoose:
         configs = [Candidate("mma", [lambda w=w: times[w]], {"num_warps": w}) for w in times]
         tuning.choose(KEY, DEVICE, ["mma"], "mma", lambda: configs)
         assert tuning.choose(KEY, DEVICE, ["mma"], "mma", refuse) == ("mma", {"num_warps": 8}, "cache", True)
+        assert tuning.best_config("mma", KEY, DEVICE) == {"num_warps": 8}
+        assert tuning.best_config("dense", KEY, DEVICE) is None
 
     def test_a_config_that_fails_is_passed_over(self, clock):
         def fail():
