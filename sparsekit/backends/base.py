@@ -1,7 +1,10 @@
 """What every backend offers, and how one is chosen."""
 
+import functools
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -15,6 +18,12 @@ from sparsekit.registry import Registry
 PREFILLS = ("dense", "cusparselt", "auto")
 """What may serve many tokens at a time: the one prepared copy, expanded into scratch where that is faster ("dense"); a
 second copy of the weight in cuSPARSELt's layout; or whichever the backend finds faster on this machine."""
+
+
+@functools.cache
+def kernels(name: str) -> ModuleType:
+    """Import a module of `sparsekit_kernels` when it first runs: a machine without Triton or a compiler never asks."""
+    return importlib.import_module(f"sparsekit_kernels.{name}")
 
 
 class Runner(ABC):
