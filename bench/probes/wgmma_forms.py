@@ -6,7 +6,7 @@ An accumulator of 64 x T floats is T/2 registers a thread, each a named operand 
 """
 
 WIDTHS = (64, 128, 192, 256)
-DTYPES = {"bf16": ("bf16", 16, ",0"), "fp8": ("e4m3", 32, "")}  # PTX type, dense K of one instruction, one transpose flag
+DTYPES = {"bf16": ("bf16", 16, ",0"), "fp8": ("e4m3", 32, "")}  # PTX type, dense K of one instruction, transposing
 
 
 def wrapper(dtype: str, T: int, sparse: bool, registers: bool) -> str:
