@@ -209,17 +209,18 @@ def spmm24_small(
     config = config or pick_config(M, N, K, x.dtype, num_sms(x.device))
     split = config.SPLIT_K
     out = y if split == 1 else x.new_empty(split, M, N, dtype=torch.float32)
-    _spmm24_kernel[(triton.cdiv(N, config.BLOCK_N), triton.cdiv(M, config.BLOCK_M), split)](
-        x2d, _pairs(values), meta, y if bias is None else bias, out, M, N, x2d.stride(0),
-        K=K, G=values.shape[1] // 2, HAS_BIAS=bias is not None and split == 1,
-        UPCAST=upcast, SPLIT_K=split,
-        BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_G=config.BLOCK_G,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
-    if split > 1:
-        _add_partial_kernel[(triton.cdiv(M * N, 1024),)](
-            out, y if bias is None else bias, y, M * N, N, HAS_BIAS=bias is not None, SPLIT_K=split, BLOCK=1024
-        )
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        _spmm24_kernel[(triton.cdiv(N, config.BLOCK_N), triton.cdiv(M, config.BLOCK_M), split)](
+            x2d, _pairs(values), meta, y if bias is None else bias, out, M, N, x2d.stride(0),
+            K=K, G=values.shape[1] // 2, HAS_BIAS=bias is not None and split == 1,
+            UPCAST=upcast, SPLIT_K=split,
+            BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_G=config.BLOCK_G,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+        if split > 1:
+            _add_partial_kernel[(triton.cdiv(M * N, 1024),)](
+                out, y if bias is None else bias, y, M * N, N, HAS_BIAS=bias is not None, SPLIT_K=split, BLOCK=1024
+            )
     return y.to(x.dtype)
 
 
@@ -237,7 +238,8 @@ def decompress24(values: Tensor, meta: Tensor, K: int | None = None) -> Tensor:
     if w.numel():
         grid = (triton.cdiv(N, DECOMPRESS["BLOCK_N"]), triton.cdiv(K, DECOMPRESS["BLOCK_G"] * GROUP))
         bits = w.view(torch.int32 if w.element_size() == 4 else torch.int16)
-        _decompress24_kernel[grid](_pairs(values), meta, bits, N, K=K, G=values.shape[1] // 2, **DECOMPRESS)
+        with torch.cuda.device_of(w):
+            _decompress24_kernel[grid](_pairs(values), meta, bits, N, K=K, G=values.shape[1] // 2, **DECOMPRESS)
     return w
 
 
