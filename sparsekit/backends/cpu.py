@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 
 import torch
-from sparsekit_kernels import cpu
+from sparsekit_kernels import cpu, spmm_block_cpu
 from sparsekit_kernels.layout24 import decompress24
+from sparsekit_kernels.layout_block import decompress_block
 from sparsekit_kernels.quant import dequantize24
 from torch import Tensor
 
 from sparsekit.backends.base import BACKENDS, Backend, Runner
-from sparsekit.formats import PackedWeight, WeightSpec
+from sparsekit.formats import FORMATS, PackedWeight, WeightSpec
 
 
 class CpuRunner(Runner):
@@ -84,4 +85,39 @@ class Int4Runner(CpuRunner):
         return decompress24(dequantize24(values, scales, self.format, K, dtype), meta, K)
 
 
-BACKENDS.register("cpu", Backend("cpu", [Semi24Runner(), Int8Runner(), Int4Runner()]))
+class BlockRunner(CpuRunner):
+    """In plain torch: it needs no compiler."""
+
+    format = "block"
+
+    def why_not(self, spec: WeightSpec, device: torch.device) -> str | None:
+        if device.type != "cpu":
+            return f"it runs on the CPU, the weight is on {device}"
+        if spec.dtype not in spmm_block_cpu.DTYPES:
+            dtype = str(spec.dtype).removeprefix("torch.")
+            return f"the CPU path for blocks multiplies bfloat16 and float32, not {dtype}"
+        return None
+
+    def prepare(self, packed: PackedWeight, prefill: str = "dense") -> tuple[Tensor, ...]:
+        values, columns, row_pointers = packed.tensors.values()
+        return spmm_block_cpu.prepare(values, columns, row_pointers)
+
+    def restore(self, spec: WeightSpec, prepared: tuple[Tensor, ...]) -> PackedWeight:
+        return PackedWeight(spec, dict(zip(FORMATS.get("block").names, _restore_block(prepared), strict=True)))
+
+    def linear(self, x: Tensor, prepared: Sequence[Tensor], bias: Tensor | None, N: int, K: int) -> Tensor:
+        return spmm_block_cpu.spmm_block(x, tuple(prepared), N, bias)
+
+    def dense(self, prepared: Sequence[Tensor], N: int, K: int, dtype: torch.dtype) -> Tensor:
+        return decompress_block(*_restore_block(prepared), N, K)
+
+    def kernel(self, spec: WeightSpec, num_tokens: int) -> str:
+        return "torch's products of the stored blocks"
+
+
+def _restore_block(prepared: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    values, columns, row_pointers, order, batches = prepared
+    return spmm_block_cpu.restore(values, columns, row_pointers, order, batches)
+
+
+BACKENDS.register("cpu", Backend("cpu", [Semi24Runner(), Int8Runner(), Int4Runner(), BlockRunner()]))

@@ -23,7 +23,7 @@ class ReferenceRunner(Runner):
         return tuple(packed.tensors.values())
 
     def restore(self, spec: WeightSpec, prepared: tuple[Tensor, ...]) -> PackedWeight:
-        return PackedWeight(spec, dict(zip(FORMATS.get(spec.format).parts(spec), prepared, strict=True)))
+        return PackedWeight(spec, dict(zip(FORMATS.get(spec.format).names, prepared, strict=True)))
 
     def linear(self, x: Tensor, prepared: Sequence[Tensor], bias: Tensor | None, N: int, K: int) -> Tensor:
         return F.linear(x, self.dense(prepared, N, K, x.dtype), bias)

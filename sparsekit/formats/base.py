@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,12 +23,16 @@ class WeightSpec:
         out_features: N.
         in_features: K, without padding.
         dtype: of the dense weight, and of x and y.
+        block: rows and columns of a block, of a format that has blocks.
+        num_blocks: how many of them are stored.
     """
 
     format: str
     out_features: int
     in_features: int
     dtype: torch.dtype
+    block: tuple[int, int] | None = None
+    num_blocks: int | None = None
 
     @property
     def dense_bytes(self) -> int:
@@ -64,6 +69,8 @@ class Format(ABC):
     """
 
     name: str
+    names: tuple[str, ...]
+    """Of the tensors, in their order."""
     dtypes: tuple[torch.dtype, ...]
     lossless: bool = True
 
@@ -71,9 +78,29 @@ class Format(ABC):
     def parts(self, spec: WeightSpec) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Return name -> (shape, dtype) of the tensors that hold a weight of this spec."""
 
+    def spec(self, N: int, K: int, dtype: torch.dtype, details: dict[str, Any]) -> WeightSpec:
+        """Return the spec of a stored weight.
+
+        Args:
+            N, K: its shape.
+            dtype: of its dense values.
+            details: what `details` returned, from a file.
+        Raises:
+            CheckpointError: the details are none of this format's.
+        """
+        return WeightSpec(self.name, N, K, dtype)
+
+    def details(self, spec: WeightSpec) -> dict[str, Any]:
+        """Return what a loader must know of a weight besides its shape and dtype, to build it empty; fit for JSON."""
+        return {}
+
     @abstractmethod
     def count_violations(self, w_NK: Tensor) -> tuple[int, int]:
         """Return (units of `w_NK` that this format cannot hold, units in all)."""
+
+    def describe_violations(self, broken: int, units: int) -> str:
+        """Return what `count_violations` found, as a reason to leave the weight dense."""
+        return f"{broken:,} of {units:,} groups break {self.name}"
 
     @abstractmethod
     def pack(self, w_NK: Tensor, scales: Tensor | None = None) -> PackedWeight:

@@ -21,6 +21,7 @@ class Semi24(Format):
     """At most two non-zeros in every four consecutive inputs; 9/16 of dense at 16 bits, 17/32 at 32."""
 
     name = "semi24"
+    names: tuple[str, ...] = ("values", "meta")
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
 
     def parts(self, spec: WeightSpec) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -81,6 +82,7 @@ class Semi24(Format):
 class QuantisedSemi24(Semi24):
     """2:4 with the kept weights on a grid of 8 or 4 bits: 5 or 3.125 bits for each dense weight, scales included."""
 
+    names = ("values", "meta", "scales")
     lossless = False
 
     def __init__(self, name: str) -> None:

@@ -27,7 +27,8 @@ form: `sparsekit.save(model, folder, packed=False)` writes one that opens anywhe
 
 ## Size
 
-{num_layers} layers are packed 2:4: {packed_mb:.1f} MB instead of {dense_mb:.1f} MB dense ({share:.3f} of the bytes).
+{num_layers} layers are packed ({patterns}):
+{packed_mb:.1f} MB instead of {dense_mb:.1f} MB dense ({share:.3f} of the bytes).
 """
 
 _DENSE = """\
@@ -44,10 +45,16 @@ def stored_bytes(spec: WeightSpec) -> int:
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in parts)
 
 
+def pattern_of(spec: WeightSpec) -> str:
+    """Return the pattern of a weight of this spec, as "2:4" or "64x64"."""
+    return "2:4" if spec.block is None else f"{spec.block[0]}x{spec.block[1]}"
+
+
 def write_card(model: nn.Module, folder: Path, packed: dict[str, SparseLinear]) -> None:
     """Write README.md into a checkpoint folder."""
     base_model = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
-    tags = ["sparse", "pruned", "sparsekit", *(["2:4"] if packed else [])]
+    patterns = sorted({pattern_of(layer.spec) for layer in packed.values()})
+    tags = ["sparse", "pruned", "sparsekit", *patterns]
     front = ["---", "tags:", *(f"- {tag!r}" if ":" in tag else f"- {tag}" for tag in tags)]
     if base_model and not Path(base_model).exists():
         front += [f"base_model: {base_model}"]
@@ -59,6 +66,7 @@ def write_card(model: nn.Module, folder: Path, packed: dict[str, SparseLinear]) 
             auto_class=_auto_class(model),
             tripwire=f"{min(packed)}.weight",
             num_layers=len(packed),
+            patterns=", ".join(patterns),
             packed_mb=stored / 1e6,
             dense_mb=dense / 1e6,
             share=stored / max(dense, 1),

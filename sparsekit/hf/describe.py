@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.nn as nn
 
+from sparsekit.formats import FORMATS
 from sparsekit.hf import QUANT_METHOD
 from sparsekit.nn import SparseLinear, sparse_layers
 
@@ -19,13 +20,14 @@ def is_pretrained(model: nn.Module) -> bool:
 
 
 def describe_layers(layers: dict[str, SparseLinear]) -> dict[str, dict[str, Any]]:
-    """Return name -> {format, shape, source, bias}, what a loader needs to build the empty layers."""
+    """Return name -> {format, shape, source, bias, …}, what a loader needs to build the empty layers."""
     return {
         name: {
             "format": layer.format,
             "shape": [layer.out_features, layer.in_features],
             "source": layer.source,
             "bias": layer.bias is not None,
+            **FORMATS.get(layer.format).details(layer.spec),
         }
         for name, layer in layers.items()
     }

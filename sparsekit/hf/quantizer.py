@@ -17,7 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparsekit.errors import CheckpointError, Unsupported
-from sparsekit.formats import FORMATS, LAYOUT_VERSION, WeightSpec
+from sparsekit.formats import FORMATS, LAYOUT_VERSION
 from sparsekit.hf import QUANT_METHOD
 from sparsekit.hf.describe import describe_layers
 from sparsekit.nn import SparseLinear, dense_layer, replace_layer_, sparse_layers, warn_of_fallbacks
@@ -29,7 +29,7 @@ class SparsekitConfig(QuantizationConfigMixin):
     """What `config.json` says of a packed checkpoint.
 
     Args:
-        layers: qualified name -> {format, shape, source, bias}.
+        layers: qualified name -> {format, shape, source, bias, and what else the format asks for}.
         layout_version: of the canonical layouts; a later one than this package knows is refused.
         backend: who shall run the layers; not stored.
     """
@@ -163,12 +163,17 @@ def swap_in_empty_(
             shape.reverse()
         if shape != list(described["shape"]):
             raise CheckpointError(f"{name} is packed as {described['shape']}, the model's config makes it {shape}")
-        if dense.weight.dtype not in FORMATS.get(described["format"]).dtypes:
+        format = FORMATS.get(described["format"])
+        if dense.weight.dtype not in format.dtypes:
             raise Unsupported(
                 f"{described['format']} does not hold {dense.weight.dtype}: load with dtype='auto' or 'bfloat16'"
             )
+        try:
+            spec = format.spec(shape[0], shape[1], dense.weight.dtype, described)
+        except CheckpointError as error:
+            raise CheckpointError(f"{name}: {error}") from None
         sparse = SparseLinear(
-            WeightSpec(described["format"], shape[0], shape[1], dense.weight.dtype),
+            spec,
             bias=described["bias"],
             backend=backend,
             source=described["source"],
