@@ -18,6 +18,10 @@ ones; this is Gluon, Triton's language in which they are written down. All opera
 elements: element i is register i % 4 of lane i // 4 % 32 of warp i // 128, which is what a 16-byte load gives.
 W is prefetched: the next chunks are loaded before the ones at hand are multiplied.
 
+x. A load of x as it lies, row by row, touches one cache line for each of eight tokens, four times a fragment. For one
+or two tokens that is nothing; for many, PACKED_X has a small kernel put x into the order of its fragments first, where
+a fragment is one 16-byte load.
+
 Gated. With `activation="silu_mul"` the weight was prepared with `gated`, and y = SiLU(x @ gate.T) * (x @ up.T).
 """
 
@@ -35,105 +39,12 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from sparsekit_kernels import mma_sp_ptx as ptx
 from sparsekit_kernels.decompress_fragments24 import decompress as decompress
 from sparsekit_kernels.fragments24 import CHUNKS, STEP_K, TILE_N, num_steps, num_tiles
 from sparsekit_kernels.target import capability, num_sms, why_not_cuda
 
 DTYPES = {torch.float16: "f16", torch.bfloat16: "bf16"}
-
-
-@triton.constexpr_function
-def _mma_sp(dtype, ordered, word, selector):
-    """PTX: $0-3 = W fragment $4-7 times x fragment $8-11, plus $12-15; the metadata is `word` of $16-19."""
-    order = "::ordered_metadata" if ordered else ""
-    return (
-        f"mma.sp{order}.sync.aligned.m16n8k32.row.col.f32.{dtype}.{dtype}.f32 "
-        f"{{$0,$1,$2,$3}}, {{$4,$5,$6,$7}}, {{$8,$9,$10,$11}}, {{$12,$13,$14,$15}}, ${16 + word}, {selector};"
-    )
-
-
-@triton.constexpr_function
-def _load_x(c, packed, masked):
-    """PTX: $0-3 = the x fragment of the 32 columns number c of a step.
-
-    A quad of lanes holds one token, each lane 2 of every 8 columns. $4 is the address of the lane's first two columns
-    of the step; if `masked`, $8 counts the columns of x from there on, and what lies beyond is zero. If `packed`, $4
-    is the address of the lane's 16 bytes of the step's first fragment.
-    """
-    if packed:
-        load = f"ld.global.nc.v4.b32 {{$0,$1,$2,$3}}, [$4+{512 * c}];"
-        zero = " ".join(f"mov.b32 ${r}, 0;" for r in range(4))
-        return f"{{ .reg .pred p; setp.gt.s32 p, $8, 0; {zero} @p {load} }}" if masked else load
-    loads = [f"ld.global.nc.b32 ${r}, [$4+{2 * (32 * c + 8 * r)}];" for r in range(4)]
-    if not masked:
-        return " ".join(loads)
-    guarded = [f"setp.gt.s32 p, $8, {32 * c + 8 * r}; mov.b32 ${r}, 0; @p {loads[r]}" for r in range(4)]
-    return "{ .reg .pred p; " + " ".join(guarded) + " }"
-
-
-@triton.constexpr_function
-def _from_8_bits(format, dtype, has_cvt, tile):
-    """PTX: $0-3 = the 16-bit fragment of the 32 columns `tile` (0 or 1) of the chunk $4-7, whose words hold 8 bits."""
-    x2 = f"{dtype}x2"
-    ptx = "{ .reg .b32 s, t, c, d; .reg .b16 low, high; "
-    if format == "semi24_fp8":  # what makes up for the smaller bias of the exponent, 2**8 and 2**120; and -0
-        ptx += f"mov.b32 c, {'0x5c005c00' if dtype == 'f16' else '0x7b807b80'}; mov.b32 d, 0x80008000; "
-    else:  # f16: -1152; bf16: -1
-        ptx += f"mov.b32 c, {'0xe480e480' if dtype == 'f16' else '0xbf80bf80'}; "
-    for half in (0, 1):
-        word = f"${4 + 2 * tile + half}"
-        if format == "semi24_fp8" and dtype == "f16" and has_cvt:
-            ptx += f"prmt.b32 t, {word}, 0, 0x3120; mov.b32 {{low, high}}, t; "
-            ptx += f"cvt.rn.f16x2.e4m3x2 ${2 * half}, low; cvt.rn.f16x2.e4m3x2 ${2 * half + 1}, high; "
-            continue
-        for odd in (0, 1):  # bytes 0 and 2, bytes 1 and 3
-            out = f"${2 * half + odd}"
-            if format == "semi24_fp8":  # exponent and mantissa moved to their places, and the sign
-                up, mask = (7, "0x3f803f80") if dtype == "f16" else (4, "0x07f007f0")
-                ptx += f"shl.b32 t, {word}, {up}; " if not odd else f"shr.b32 t, {word}, {8 - up}; "
-                ptx += f"and.b32 t, t, {mask}; shl.b32 s, {word}, {0 if odd else 8}; "
-                ptx += f"lop3.b32 t, s, 0x80008000, t, 0xea; fma.rn.{x2} {out}, t, c, d; "
-            elif dtype == "f16":  # the sign bit flipped below 1024: 1024 + 128 + q
-                ptx += f"shr.b32 s, {word}, {8 * odd}; lop3.b32 t, s, 0x00ff00ff, 0x64806480, 0x6a; "
-                ptx += f"add.rn.f16x2 {out}, t, c; "
-            else:  # q = the low seven bits, minus 128 if the eighth is set: (128 + low) - (128 or 256)
-                ptx += f"shr.b32 s, {word}, {8 * odd}; lop3.b32 t, s, 0x007f007f, 0x43004300, 0xea; "
-                ptx += f"lop3.b32 s, s, 0x00800080, 0x43004300, 0xea; fma.rn.bf16x2 {out}, s, c, t; "
-    return ptx + "}"
-
-
-@triton.constexpr_function
-def _from_4_bits(dtype, tile):
-    """PTX: $0-3 = the 16-bit fragment of the 32 columns `tile` (0 to 3) of the chunk $4-7, word `tile` of it."""
-    ptx = "{ .reg .b32 s, t, c, d, e, f; "
-    if dtype == "bf16":  # 128 + u, times 1, minus 136
-        ptx += "mov.b32 c, 0x3f803f80; mov.b32 d, 0xc308c308; "
-        for r in range(4):
-            ptx += f"shr.b32 s, ${4 + tile}, {4 * r}; lop3.b32 t, s, 0x000f000f, 0x43004300, 0xea; "
-            ptx += f"fma.rn.bf16x2 ${r}, t, c, d; "
-        return ptx + "}"
-    # 1024 + u, minus 1032; and 1024 + 16 u, by 16, minus 72: two nibbles for one shift
-    ptx += "mov.b32 c, 0xe408e408; mov.b32 d, 0x2c002c00; mov.b32 e, 0xd480d480; "
-    for r in (0, 2):
-        ptx += f"shr.b32 s, ${4 + tile}, {4 * r}; lop3.b32 t, s, 0x000f000f, 0x64006400, 0xea; "
-        ptx += f"add.rn.f16x2 ${r}, t, c; lop3.b32 t, s, 0x00f000f0, 0x64006400, 0xea; fma.rn.f16x2 ${r + 1}, t, d, e; "
-    return ptx + "}"
-
-
-@triton.constexpr_function
-def _load_scales():
-    """PTX: $0 and $1 = the scales of the two times 128 columns of a step, of rows g and g + 8; $4 is their address."""
-    return "ld.global.nc.b32 $0, [$4]; ld.global.nc.b32 $1, [$4+32]; mov.b32 $2, 0; mov.b32 $3, 0;"
-
-
-@triton.constexpr_function
-def _add_scaled(b):
-    """PTX: $0-3 = the sums $4-7 times the bf16 scales in word b of $12-15, plus $8-11."""
-    return (
-        f"{{ .reg .b32 low, high; shl.b32 low, ${12 + b}, 16; and.b32 high, ${12 + b}, 0xffff0000; "
-        "fma.rn.f32 $0, $4, low, $8; fma.rn.f32 $1, $5, low, $9; "
-        "fma.rn.f32 $2, $6, high, $10; fma.rn.f32 $3, $7, high, $11; }"
-    )
 
 
 @triton.constexpr_function
@@ -162,7 +73,7 @@ def _load_metadata(
         for r in gl.static_range(ROW_TILES):
             address = scales_ptr + _block(first_tile + r, step, num_tiles, num_steps) * 16 + i // 16
             scales = gl.inline_asm_elementwise(
-                _load_scales(), "=&r,=&r,=&r,=&r,l,l,l,l", [address.to(gl.int64, bitcast=True)],
+                ptx.load_scales(), "=&r,=&r,=&r,=&r,l,l,l,l", [address.to(gl.int64, bitcast=True)],
                 dtype=gl.int32, is_pure=True, pack=4,
             )  # fmt: skip
             loaded = loaded + (scales,)
@@ -194,12 +105,12 @@ def _multiply_columns(
     new = ()
     for f in gl.static_range(len(x_addresses)):
         x = gl.inline_asm_elementwise(
-            _load_x(c, PACKED_X, MASKED), "=&r,=&r,=&r,=&r,l,l,l,l,r,r,r,r", [x_addresses[f], columns_left],
+            ptx.load_x(c, PACKED_X, MASKED), "=&r,=&r,=&r,=&r,l,l,l,l,r,r,r,r", [x_addresses[f], columns_left],
             dtype=gl.int32, is_pure=True, pack=4,
         )  # fmt: skip
         for r in gl.static_range(ROW_TILES):
             total = gl.inline_asm_elementwise(
-                _mma_sp(DTYPE, ORDERED, c // 2, c % 2), "=f,=f,=f,=f,r,r,r,r,r,r,r,r,f,f,f,f,r,r,r,r",
+                ptx.mma_sp(DTYPE, ORDERED, c // 2, c % 2), "=f,=f,=f,=f,r,r,r,r,r,r,r,r,f,f,f,f,r,r,r,r",
                 [fragments[r], x, sums[f * ROW_TILES + r], metadata[r]], dtype=gl.float32, is_pure=True, pack=4,
             )  # fmt: skip
             new = new + (total,)
@@ -212,11 +123,11 @@ def _to_16_bits(chunk, c: gl.constexpr, FORMAT: gl.constexpr, DTYPE: gl.constexp
     fragment = chunk
     if FORMAT == "semi24_int4":
         fragment = gl.inline_asm_elementwise(
-            _from_4_bits(DTYPE, c % 4), "=&r,=&r,=&r,=&r,r,r,r,r", [chunk], dtype=gl.int32, is_pure=True, pack=4
+            ptx.from_4_bits(DTYPE, c % 4), "=&r,=&r,=&r,=&r,r,r,r,r", [chunk], dtype=gl.int32, is_pure=True, pack=4
         )
     elif FORMAT != "semi24":
         fragment = gl.inline_asm_elementwise(
-            _from_8_bits(FORMAT, DTYPE, HAS_CVT, c % 2), "=&r,=&r,=&r,=&r,r,r,r,r", [chunk],
+            ptx.from_8_bits(FORMAT, DTYPE, HAS_CVT, c % 2), "=&r,=&r,=&r,=&r,r,r,r,r", [chunk],
             dtype=gl.int32, is_pure=True, pack=4,
         )  # fmt: skip
     return fragment
@@ -228,7 +139,7 @@ def _scale_group(sums, group, metadata, b: gl.constexpr, ROW_TILES: gl.constexpr
     new = ()
     for s in gl.static_range(len(sums)):
         total = gl.inline_asm_elementwise(
-            _add_scaled(b), "=&f,=&f,=&f,=&f,f,f,f,f,f,f,f,f,r,r,r,r",
+            ptx.add_scaled(b), "=&f,=&f,=&f,=&f,f,f,f,f,f,f,f,f,r,r,r,r",
             [group[s], sums[s], metadata[ROW_TILES + s % ROW_TILES]], dtype=gl.float32, is_pure=True, pack=4,
         )  # fmt: skip
         new = new + (total,)
@@ -522,7 +433,8 @@ def candidates(format: str, M: int, N: int, K: int, sms: int) -> list[Config]:
     for rows, (warps_n, warps_k), split, packed in itertools.product(
         (1, 2, 4), ((1, 4), (1, 8), (1, 16), (2, 4), (4, 2), (8, 1)), (1, 2, 4), (False, True)
     ):
-        if rows * tokens // 8 > most_sums or warps_k * split > num_steps(K) or tokens == 8 and warps_n > 1:
+        too_many_registers = rows * tokens // 8 > (2 if warps_k == 16 else most_sums)
+        if too_many_registers or warps_k * split > num_steps(K) or tokens == 8 and warps_n > 1:
             continue
         ahead = max(1, min(CHUNKS[format], 8 // rows // (2 if tokens == 64 else 1)))
         found.append(
