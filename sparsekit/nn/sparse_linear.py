@@ -248,7 +248,7 @@ class SparseLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if self._op is None:
             self.prepare_()
-        if _is_autocast_on_anywhere() or input.dtype is not self.spec.dtype:
+        if input.dtype is not self.spec.dtype or _is_autocast_on_anywhere():
             return self._forward_in_autocast(input)
         return self._linear(input, input)
 
@@ -269,7 +269,8 @@ class SparseLinear(nn.Linear):
         # Past nn.Module.__getattr__, which costs half a microsecond a tensor.
         buffers: Any = self._buffers
         weight = [buffers[name] for name in self._prepared_names]
-        return cast(SparseOp, self._op).linear(x, weight, self.own_bias(), self.out_features, self.in_features)
+        op: Any = self._op
+        return op.linear(x, weight, self.own_bias(), self.out_features, self.in_features)
 
     def own_bias(self) -> Tensor | None:
         """Return `bias`, by the short way where there is one: a parametrized bias is no parameter."""
