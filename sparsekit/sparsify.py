@@ -46,9 +46,9 @@ def sparsify(
 
     Args:
         model: any module made of `nn.Linear` (or GPT-2's `Conv1D`).
-        pattern: "2:4", any "N:M", "64x64" (blocks) or "unstructured". Only 2:4 (and what is sparser in the same
-            groups, as "1:4") has a packed format; weights of the other patterns stay dense, with zeros, and
-            `sparsekit.check` says so.
+        pattern: "2:4", any "N:M", "64x64" (blocks) or "unstructured". 2:4 (and what is sparser in the same
+            groups, as "1:4") and blocks whose sides are multiples of 16 have a packed format; weights of the other
+            patterns stay dense, with zeros, and `sparsekit.check` says so.
         method: "magnitude", "wanda", "sparsegpt", or a config such as `sparsekit.SparseGPT(pattern="4:8")`,
             whose pattern counts where `pattern` is left at its default. None: SparseGPT when there is a dataset,
             magnitude when there is none.

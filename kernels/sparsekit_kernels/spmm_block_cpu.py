@@ -57,7 +57,7 @@ def spmm_block(x: Tensor, prepared: tuple[Tensor, ...], N: int, bias: Tensor | N
     M = x.shape[:-1].numel()
     if M > BATCHED_UP_TO and S > DENSE_ABOVE * NB * KB:
         return F.linear(x, decompress_block(*restore(*prepared), N, K), bias)
-    x_blocks = F.pad(x.reshape(M, K), (0, KB * BK - K)).view(M, KB, BK)
+    x_blocks = F.pad(x.reshape(M, K), (0, KB * BK - K)).contiguous().view(M, KB, BK)
     products, first = [x.new_empty(0, M, BN)], 0
     for length, num_rows in batches.tolist():
         last = first + num_rows * length
