@@ -1,6 +1,8 @@
 """`pack_` and `unpack_`: what is packed, what is left alone, and that a failure leaves nothing behind."""
 
 import copy
+import functools
+import pickle
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ import torch.nn.functional as F
 import sparsekit as sk
 from sparsekit import NonFiniteError, PatternError, SparseLinear, Unsupported
 from sparsekit import pack as pack_module
+from sparsekit.backends import BACKENDS, Backend, Runner
+from sparsekit.backends.reference import ReferenceRunner
 from sparsekit.nn import sparse_layers
 
 
@@ -488,3 +492,133 @@ def test_a_compiled_model_is_packed_inside():
     assert sk.check(compiled).ok and sk.check(compiled).rows[0]["layer"] == "0"
     sk.unpack_(compiled)
     assert type(inner[0]) is nn.Linear
+
+
+class WithSecondCopy(Runner):
+    """The reference, with a path for prefill: a second copy of the values, which does nothing."""
+
+    format = "semi24"
+    prefills = ("dense", "cusparselt")
+
+    def __init__(self):
+        self.inner = ReferenceRunner("semi24")
+        self.asked = []
+
+    def why_not(self, spec, device):
+        return None
+
+    def prepare(self, packed, prefill="dense"):
+        self.asked.append(prefill)
+        first = self.inner.prepare(packed)
+        return first if prefill == "dense" else (*first, first[0].clone())
+
+    def second_copy_bytes(self, prepared):
+        return sum(part.nbytes for part in prepared[2:])
+
+    def restore(self, spec, prepared):
+        return self.inner.restore(spec, prepared[:2])
+
+    def linear(self, x, prepared, bias, N, K):
+        return self.inner.linear(x, prepared[:2], bias, N, K)
+
+    def dense(self, prepared, N, K, dtype):
+        return self.inner.dense(prepared[:2], N, K, dtype)
+
+    def kernel(self, spec, num_tokens):
+        return "a test"
+
+
+@functools.cache
+def backend_with_second_copy():
+    runner = WithSecondCopy()
+    return runner, Backend("with_second_copy", [runner])  # once: operators cannot be defined twice
+
+
+@pytest.fixture
+def second():
+    """A backend that has all prefills."""
+    runner, backend = backend_with_second_copy()
+    runner.asked.clear()
+    BACKENDS.register(backend.name, backend)
+    yield runner
+    del BACKENDS._parts[backend.name]
+
+
+class TestPrefill:
+    VALUES = 2 * 64 * 32 * 4 // 2
+    """Bytes of the values of a block of `mlp`, two layers of 64x32 in float32."""
+
+    def test_dense_is_the_default_and_one_copy(self, second):
+        model = sk.pack_(mlp(1), backend="with_second_copy")
+        assert second.asked == ["dense", "dense"]
+        assert all(
+            layer.prefill == "dense" and layer.second_copy_bytes() == 0 for layer in sparse_layers(model).values()
+        )
+        assert "second copy" not in str(sk.check(model))
+
+    @pytest.mark.parametrize("prefill", ["cusparselt", "auto"])
+    def test_reaches_the_backend_and_says_what_it_costs(self, second, prefill):
+        dense = mlp(1)
+        with pytest.warns(UserWarning, match=f"2 packed layers keep a second copy .* prefill: {self.VALUES:,} bytes b"):
+            model = sk.pack_(copy.deepcopy(dense), backend="with_second_copy", prefill=prefill)
+        assert second.asked == [prefill] * 2
+        layers = sparse_layers(model).values()
+        assert sum(layer.second_copy_bytes() for layer in layers) == self.VALUES
+        assert sum(layer.packed_bytes() for layer in layers) == 2 * self.VALUES + 2 * 64 * 32 // 8
+        assert (
+            f"2 layers keep a second copy of their weight for prefill: {self.VALUES:,} bytes" in sk.check(model).notes
+        )
+        assert f"prefill={prefill}" in repr(model)
+        x = torch.randn(3, 32)
+        torch.testing.assert_close(model(x), dense(x))
+        state = sk.pack_(copy.deepcopy(dense)).state_dict()
+        assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+    def test_survives_copies_and_conversions(self, second):
+        with pytest.warns(UserWarning, match="second copy"):
+            model = sk.pack_(mlp(1), backend="with_second_copy", prefill="cusparselt")
+        for change in (
+            copy.deepcopy,
+            lambda m: pickle.loads(pickle.dumps(m)),
+            lambda m: m.bfloat16(),
+            lambda m: m.float(),
+        ):
+            model = change(model)
+            for layer in sparse_layers(model).values():
+                assert layer.prefill == "cusparselt" and len(layer.prepared) == 3 and layer.second_copy_bytes() > 0
+        model.load_state_dict({key: value.clone() for key, value in model.state_dict().items()})
+        assert all(len(layer.prepared) == 3 for layer in sparse_layers(model).values())
+
+    def test_of_layers_that_are_packed_already(self, second):
+        model = sk.pack_(mlp(1), backend="with_second_copy")
+        with pytest.warns(UserWarning, match="second copy"):
+            sk.pack_(model, prefill="cusparselt")
+        assert all(len(layer.prepared) == 3 for layer in sparse_layers(model).values())
+        with pytest.warns(UserWarning, match="second copy"):
+            sk.pack_(model)  # asks for nothing, changes nothing
+        assert all(len(layer.prepared) == 3 for layer in sparse_layers(model).values())
+
+    @pytest.mark.parametrize("backend", ["cpu", "reference"])
+    def test_a_backend_without_such_a_path_says_so(self, backend):
+        model = mlp()
+        before = state_of(model)
+        with pytest.raises(
+            Unsupported, match=f"0.up: backend '{backend}' .* no 'cusparselt' path for prefill.*prefill='d"
+        ):
+            sk.pack_(model, backend=backend, prefill="cusparselt")
+        assert_same_state(model, before)
+        assert all(layer.prefill == "auto" for layer in sparse_layers(sk.pack_(model, prefill="auto")).values())
+        packed = sk.pack_(mlp(), backend=backend)
+        with pytest.raises(Unsupported, match="0.up: .* no 'cusparselt' path"):
+            sk.pack_(packed, prefill="cusparselt")
+        assert all(layer.prefill == "dense" and layer.is_prepared for layer in sparse_layers(packed).values())
+
+    def test_unknown(self):
+        with pytest.raises(ValueError, match="prefill='cublas' is none of 'dense', 'cusparselt', 'auto'"):
+            sk.pack_(mlp(), prefill="cublas")
+
+    def test_nowhere_to_be_had(self):
+        with pytest.raises(
+            Unsupported, match="no backend runs .* with prefill='cusparselt': triton: .*; cpu: it has no"
+        ):
+            sk.pack_(mlp(), prefill="cusparselt")
