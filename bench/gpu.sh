@@ -1,18 +1,99 @@
 #!/usr/bin/env bash
-# GPU tests, then the measurements, in one call of under 10 minutes on a machine with an NVIDIA GPU:
-#     bash bench/gpu.sh            rows go to ${OUT:-bench/results}/<gpu>.jsonl
+# Everything that wants an NVIDIA GPU, in one call of under 10 minutes:
+#     bash bench/gpu.sh                     all stages, each with its share of the time
+#     bash bench/gpu.sh check               one group of stages; three calls leave each more time:
+#         check     facts, ceilings, probes, correctness, compute-sanitizer, the GPU tests
+#         tune      the tables of kernels/sparsekit_kernels/configs: copy <gpu>-table.json there and commit it
+#         bench     decode and prefill tables, torch.compile, a whole model
+#     bash bench/gpu.sh --dry-run           the same on the CPU, small, with stand-ins: to find slips beforehand
+# Single stages have names too: probe correct sanitize pytest tune decode prefill compile e2e.
+# Rows are appended to ${OUT:-bench/results}/<gpu>.jsonl as they come; docs/gpu.md is made of them by bench/gpu_report.py.
+# SECONDS_IN_ALL (570) bounds the whole; COMMIT names the commit where the tree comes without .git.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+export PYTHONPATH="$PWD:$PWD/kernels:$PWD/bench${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 unset TRITON_INTERPRET
 python="${PYTHON:-python3}"
+total="${SECONDS_IN_ALL:-570}"
 
-"$python" -c "import xdist" 2>/dev/null && parallel="-n 8" || parallel=""
-# shellcheck disable=SC2086
-timeout 200 "$python" -m pytest -q $parallel --tb=short -rf tests/kernels/test_spmm24.py tests/kernels/test_cusparselt.py
-tests=$?
-# A failing test ends the run only after the numbers: the script checks its own answers and stops at a wrong one.
-timeout 380 "$python" bench/gpu_spmm24.py --seconds 300 "$@"
-bench=$?
-echo "tests: $tests, bench: $bench (0 is well)"
-exit $((tests || bench))
+dry=() stages=()
+for word in "$@"; do
+    case "$word" in
+        --dry-run) dry=(--dry-run) ;;
+        all) stages+=(probe correct tune decode prefill e2e) ;;
+        check) stages+=(probe correct sanitize pytest) ;;
+        bench) stages+=(decode prefill e2e compile) ;;
+        probe | correct | sanitize | pytest | tune | decode | prefill | compile | e2e) stages+=("$word") ;;
+        *) echo "unknown: $word" >&2 && exit 2 ;;
+    esac
+done
+((${#stages[@]})) || stages=(probe correct tune decode prefill e2e)
+declare -A weight=([probe]=60 [correct]=150 [sanitize]=80 [pytest]=120 [tune]=200 [decode]=130 [prefill]=90 [compile]=90 [e2e]=120)
+
+left_weight=0
+for stage in "${stages[@]}"; do ((left_weight += weight[$stage])); done
+
+# What a stage does not use goes to those after it.
+run() {
+    local stage="$1" share
+    share=$(((total - SECONDS) * weight[$stage] / left_weight))
+    ((left_weight -= weight[$stage]))
+    ((share < 10)) && echo "=== $stage: no time left" && return 1
+    local inner=$((share > 60 ? share - 20 : share * 2 / 3))
+    echo "=== $stage: up to $share s"
+    local checked=(bench/gpu_check.py --small --workers 1 --seconds)
+    case "$stage" in
+        probe) timeout "$share" "$python" bench/gpu_probe.py --seconds "$inner" "${dry[@]}" ;;
+        correct) timeout "$share" "$python" bench/gpu_check.py --seconds "$inner" "${dry[@]}" ;;
+        tune) timeout "$share" "$python" bench/gpu_tune.py --seconds "$inner" "${dry[@]}" ;;
+        decode | prefill | compile) timeout "$share" "$python" bench/gpu_bench.py "$stage" --seconds "$inner" "${dry[@]}" ;;
+        e2e) timeout "$share" "$python" bench/gpu_e2e.py --seconds "$inner" "${dry[@]}" ;;
+        sanitize)
+            if ((${#dry[@]})); then
+                timeout "$share" "$python" "${checked[@]}" "$inner" "${dry[@]}" | tail -n 3
+            elif ! command -v compute-sanitizer >/dev/null; then
+                echo "compute-sanitizer is not installed: left out"
+            elif ! timeout 60 compute-sanitizer --tool memcheck "$python" -c "import torch; torch.ones(1).cuda()" >/dev/null 2>&1; then
+                echo "compute-sanitizer cannot run on this machine: left out"
+            else # without the caching allocator, so that each tensor has bounds of its own
+                PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout "$share" compute-sanitizer --tool memcheck --error-exitcode 9 \
+                    "$python" "${checked[@]}" "$inner" 2>&1 | grep -v "^=\+$" | tail -n 40
+            fi
+            ;;
+        pytest)
+            local files=(tests/kernels/test_spmm24.py tests/kernels/test_spmm24_mma.py tests/kernels/test_spmm_block.py
+                tests/kernels/test_compress24.py tests/kernels/test_prefill24.py tests/kernels/test_cusparselt.py
+                tests/backends tests/test_ops.py tests/nn)
+            local found=() parallel=()
+            for file in "${files[@]}"; do [[ -e "$file" ]] && found+=("$file"); done
+            "$python" -c "import xdist" 2>/dev/null && parallel=(-n 8)
+            ((${#dry[@]})) && parallel=(--collect-only)
+            timeout "$share" "$python" -m pytest -q "${parallel[@]}" --tb=short -rf "${found[@]}" 2>&1 | tail -n 25
+            ;;
+    esac
+}
+
+declare -A status
+for stage in "${stages[@]}"; do
+    began=$SECONDS
+    run "$stage"
+    status[$stage]="$? after $((SECONDS - began)) s"
+done
+echo "=== ends (0 is well, 124 out of time)"
+failed=0
+for stage in "${stages[@]}"; do
+    echo "$stage: ${status[$stage]}"
+    [[ "${status[$stage]}" == 0\ * ]] || failed=1
+done
+"$python" - <<'END' || true
+import os
+from pathlib import Path
+
+from gpu_report import RESULTS, summary
+
+for path in sorted(Path(os.environ.get("OUT") or RESULTS).glob("*.jsonl")):
+    if path.stat().st_size and '"benchmark": "gpu_' in path.read_text():
+        print("\n".join([path.name, *summary(path)]))
+END
+exit "$failed"

@@ -5,8 +5,8 @@
 
 The work is dealt to processes, since most of it is compiling kernels.
 
-A kernel passes where it is at most twice as far from float64 as torch's own dense product in the same dtype. Memory that
-a kernel should write is poisoned with NaN. All failures are listed; the exit status is 1 if there is one.
+A kernel passes where it is at most twice as far from float64 as torch's own dense product in the same dtype. Memory
+that a kernel should write is poisoned with NaN. All failures are listed; the exit status is 1 if there is one.
 """
 
 import argparse
@@ -20,9 +20,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS warns that it is not deterministic
-os.environ.setdefault("SPARSEKIT_TUNING", "off")  # every kernel is called by its name: nothing need be measured
 
 import torch
 import torch.nn.functional as F
@@ -266,7 +263,7 @@ def check_refusals(tally: Tally, machine: Machine) -> None:
         tally.attempt(
             f"{way.name} semi24",
             "M=0",
-            lambda w=way, p=prepared: (None if w.linear(empty, p, weight).shape == (0, 64) else "wrong shape", 0.0),
+            lambda w=way, p=prepared, x=empty: (None if w.linear(x, p, weight).shape == (0, 64) else "shape", 0.0),
         )
         if machine.dry_run:
             continue
@@ -351,6 +348,8 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="a few small shapes, as for compute-sanitizer")
     parser.add_argument("--workers", type=int, default=max(min((os.cpu_count() or 2) - 2, 14), 1), help="processes")
     parser.add_argument("--part", nargs=3, metavar=("I", "N", "FILE"), help="of a worker: every N-th unit from I")
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # or cuBLAS warns that it is not deterministic
+    os.environ["SPARSEKIT_TUNING"] = "off"  # every kernel is called by its name: nothing need be measured
     machine, options = open_machine(__doc__.splitlines()[0], parser)
     small = options.small or machine.dry_run
     if machine.dry_run:

@@ -257,7 +257,7 @@ def fp8_prepare(weight: Tensor) -> Prepared:
 
 
 def fp8_rows(x8: Tensor, x_scale: Tensor, prepared: Sequence[Tensor]) -> Tensor:
-    """torch._scaled_mm with a scale for each token and each row; x is quantised already, which costs it nothing here."""
+    """torch._scaled_mm with a scale for each token and each row; that x is quantised already costs it nothing here."""
     w8, w_scale = prepared
     return torch._scaled_mm(x8, w8.t(), x_scale, w_scale, out_dtype=torch.bfloat16, use_fast_accum=True)
 

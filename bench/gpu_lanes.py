@@ -1,7 +1,7 @@
 """Is element i of an operand of inline assembly register i % 4 of lane i // 4 % 32 of warp i // 128?
 
-The kernels that hold `mma.sp` rest on it: `inline_asm_elementwise(pack=4)` hands the assembly four neighbours at a time,
-and says nothing about which thread has them. Here every thread writes down who it is.
+The kernels that hold `mma.sp` rest on it: `inline_asm_elementwise(pack=4)` hands the assembly four neighbours at a
+time, and says nothing about which thread has them. Here every thread writes down who it is.
 """
 
 # What Triton compiles takes Triton's values, which have no Python types.

@@ -3,8 +3,8 @@
     python bench/gpu_probe.py                 # builds bench/probes/*.cu with nvcc, runs them, writes the answers
     python bench/gpu_probe.py --write-log     # and puts them into bench/LOG.md, from the rows of all runs so far
 
-Asked are: what this machine can do at most; whether mma.sp.sync runs at twice the rate of mma.sync; how fast wgmma.sp is
-with the sparse operand in shared memory and in registers; which shape of loads streams packed fragments fastest; and
+Asked are: what this machine can do at most; whether mma.sp.sync runs at twice the rate of mma.sync; how fast wgmma.sp
+is with the sparse operand in shared memory and in registers; which shape of loads streams packed fragments fastest; and
 whether the order of lanes and registers is what the inline assembly of the kernels takes it to be.
 """
 
@@ -178,7 +178,8 @@ def _mma_sync_answers(rows: list[Row]) -> list[str]:
         forms = ", ".join(f"{name} {rate:.0f} ({rate / dense:.2f} times)" for name, rate in sparse.items())
         verdict = "yes" if max(sparse.values()) >= 1.9 * dense else "no"
         sentences.append(
-            f"Does mma.sp.sync run at twice the rate of mma.sync in {dtype}? {verdict}: dense {dense:.0f} TFLOP/s; {forms}."
+            f"Does mma.sp.sync run at twice the rate of mma.sync in {dtype}? {verdict}: "
+            f"dense {dense:.0f} TFLOP/s; {forms}."
         )
     return sentences
 
@@ -214,9 +215,10 @@ def _stream_answers(rows: list[Row]) -> list[str]:
             best = max(mine, key=lambda row: row["gb_s"])
             bits = {8: "16", 4: "8", 2: "4"}[chunks]
             sentences.append(
-                f"Streaming {bits}-bit fragments of {layer} ({best['bytes'] / 1e6:.1f} MB): at best {best['gb_s']:.0f} GB/s "
-                f"({best['us']:.1f} µs), with {best['warps']} warps a block, {best['steps']} steps of 256 columns in flight "
-                f"a warp, {best['blocks_per_sm']} blocks an SM ({best['resident']} resident), {best['policy']}."
+                f"Streaming {bits}-bit fragments of {layer} ({best['bytes'] / 1e6:.1f} MB): at best "
+                f"{best['gb_s']:.0f} GB/s ({best['us']:.1f} µs), with {best['warps']} warps a block, {best['steps']} "
+                f"step(s) of 256 columns in flight a warp, {best['blocks_per_sm']} blocks an SM "
+                f"({best['resident']} resident), {best['policy']}."
             )
     return sentences
 

@@ -1,11 +1,11 @@
 """Turn the rows of `bench/results/<gpu>.jsonl` into the tables of `docs/gpu.md`, losses beside wins.
 
-    python bench/gpu_report.py                          # all GPUs in bench/results; rewrites "## Results" of docs/gpu.md
+    python bench/gpu_report.py                          # of bench/results, into "## Results" of docs/gpu.md
     python bench/gpu_report.py FILE.jsonl --print       # one file, to the screen
 
-Where a measurement was repeated the last one counts. Speed-ups are ratios of medians over the faster of torch.mm, F.linear
-and, where it was measured, torch.compile(mode="max-autotune"), of the same run. "ours" is what a packed layer runs
-("auto") or the fragment kernel by name, whichever is faster; for the last floor it is "auto" alone.
+Where a measurement was repeated the last one counts. Speed-ups are ratios of medians over the faster of torch.mm,
+F.linear and, where it was measured, torch.compile(mode="max-autotune"), of the same run. "ours" is what a packed layer
+runs ("auto") or the fragment kernel by name, whichever is faster; for the last floor it is "auto" alone.
 """
 
 import argparse
@@ -227,7 +227,8 @@ def page_section(rows: list[Row]) -> str:
     commands = sorted({row["command"] for row in rows})
     parts = [
         f"### {last['gpu']}",
-        f"torch {last['torch']}, Triton {last['triton']}, CUDA {last.get('cuda')}, commit {last['git_sha']}, {last['time'][:10]}. "
+        f"torch {last['torch']}, Triton {last['triton']}, CUDA {last.get('cuda')}, "
+        f"commit {last['git_sha']}, {last['time'][:10]}. "
         f"Rows from: {', '.join(f'`{command}`' for command in commands)}.",
     ]
     ceilings = [row for row in rows if row["benchmark"] == "gpu_probe" and row.get("probe") == "ceilings"]
@@ -253,7 +254,8 @@ def page_section(rows: list[Row]) -> str:
     ):
         if those:
             parts += [
-                f"{title}: times faster than dense bf16, and the share of the ceiling that binds. **Bold**: dense is faster.",
+                f"{title}: times faster than dense bf16, and the share of the ceiling that binds. "
+                "**Bold**: dense is faster.",
                 layer_table(bench, those, layers, formats),
             ]
     if bench.us:

@@ -10,6 +10,7 @@ compete. Kernels are compiled by several processes beforehand. Each row of the t
 import argparse
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -29,7 +30,7 @@ from gpu_kernels import (
     random24,
     random_blocks,
 )
-from gpu_machine import Machine, Times, Variant, num_copies, open_machine, say, time_turns
+from gpu_machine import ROOT, Machine, Times, Variant, num_copies, open_machine, say, time_turns
 from sparsekit_kernels import spmm24_mma, spmm_block, tuning
 from sparsekit_kernels.spmm24_mma import Config
 from torch import Tensor
@@ -156,9 +157,9 @@ def dense_copies(weight: Weight, machine: Machine) -> list[Tensor]:
     return [w, *(w.clone() for _ in range(num_copies(w.nbytes, machine) - 1))]
 
 
-def prefill(name: str, machine: Machine) -> None:
-    """Time the three kernels for many tokens and the dense product on one layer; store the table's rows."""
-    layer = Layer(name, "semi24", machine)
+def prefill(name: str, format: str, machine: Machine) -> None:
+    """Time the kernels for many tokens and the dense product on one layer; store the table's rows."""
+    layer = Layer(name, format, machine)
     weight, dense = layer.weight, dense_copies(layer.weight, machine)
     ways = [WAYS[way] for way in ("mma", "decompress", "cusparselt") if WAYS[way].why_not(weight) is None]
     copies = {way.name: copied(way.prepare(weight), num_copies(layer.num_bytes, machine)) for way in ways}
@@ -175,7 +176,7 @@ def prefill(name: str, machine: Machine) -> None:
         times = time_turns(variants, machine, rounds=7)
         row = {kernel: tuning.Measured(round(result.median_us, 3)) for kernel, result in times.items()}
         if "mma" in row:
-            config = spmm24_mma.pick_config("semi24", M, weight.N, weight.K, machine.facts.get("sms", 132))
+            config = spmm24_mma.pick_config(format, M, weight.N, weight.K, machine.facts.get("sms", 132))
             row["mma"] = tuning.Measured(row["mma"].us, numbers(config))
         store(weight, M, row, machine)
 
@@ -183,7 +184,9 @@ def prefill(name: str, machine: Machine) -> None:
 def store(weight: Weight, M: int, row: tuning.Row, machine: Machine) -> None:
     """Keep one row of the table, in the cache that is exported at the end and among the results."""
     key = tuning.key(weight.format, weight.dtype, weight.N, weight.K, M)
-    tuning.store(key, row, machine.device)
+    # Without a time, a kernel that was not worth timing: the dispatcher will not measure the shape again for its sake.
+    untimed = {name: tuning.Measured(None) for name in ("mma", "decompress", "cusparselt") if name not in row}
+    tuning.store(key, row | untimed, machine.device)
     kernels = {kernel: {"us": entry.us, "config": entry.config} for kernel, entry in row.items()}
     machine.record("gpu_tune", {**key._asdict(), "kernels": kernels})
     dense = row["dense"].us or 0.0
@@ -248,7 +251,7 @@ def block_launches(shipped: spmm_block.Config, M: int, BN: int) -> list[spmm_blo
     return list(dict.fromkeys(found))
 
 
-def compile_launches(jobs: list[tuple[str, int, Config]], options: argparse.Namespace, machine: Machine) -> None:
+def compile_launches(jobs: list[tuple[str, int, Config]], machine: Machine) -> None:
     """Compile launches in several processes, which leave them in Triton's cache on disk."""
     if machine.dry_run:
         run_once(jobs[:2], machine)
@@ -256,13 +259,24 @@ def compile_launches(jobs: list[tuple[str, int, Config]], options: argparse.Name
     count = max(min((os.cpu_count() or 2) - 2, 14), 1)
     texts = [f"{format};{M};{';'.join(map(str, numbers(config).values()))}" for format, M, config in jobs]
     shares = [texts[i::count] for i in range(count)]
-    command = [sys.executable, __file__, "--seconds", str(options.seconds), "--compile"]
+    command = [sys.executable, __file__, "--seconds", str(COMPILE_SECONDS), "--compile"]
     workers = [subprocess.Popen([*command, *share]) for share in shares if share]
     for worker in workers:
         try:
             worker.wait(timeout=max(min(machine.seconds_left(), COMPILE_SECONDS), 1))
         except subprocess.TimeoutExpired:
             worker.kill()
+
+
+def picked(layers: Iterable[tuple[int, int]], tokens: Iterable[int], machine: Machine) -> list[tuple[str, int, Config]]:
+    """Return what `compile_launches` takes for the launches that the package picks for weights [N, K]."""
+    found: dict[tuple[str, Config], int] = {}
+    for (N, K), M, format in itertools.product(layers, tokens, FORMATS):
+        known = tuning.lookup(tuning.key(format, torch.bfloat16, N, K, M), machine.device)
+        config = known[0]["mma"].config if known is not None and "mma" in known[0] else {}
+        launch = Config(**config) if config else spmm24_mma.pick_config(format, M, N, K, machine.facts.get("sms", 132))
+        found[format, launch] = M
+    return [(format, M, config) for (format, config), M in found.items()]
 
 
 def run_once(jobs: Iterable[tuple[str, int, Config]], machine: Machine) -> None:
@@ -303,25 +317,31 @@ def main() -> int:
     first = {(format, c): M for format in options.formats for M in DECODE for c in launches(format, M)}
     jobs = [(format, M, config) for (format, config), M in first.items()]
     say(f"compiling {len(jobs)} launches")
-    compile_launches(jobs, options, machine)
+    compile_launches(jobs, machine)
     best = {format: first_round(format, machine) for format in options.formats}
     kept = {(f, c.TOKENS, c): M for f in best for M, configs in best[f].items() for c in configs}
     jobs = [(f, M, replace(c, SPLIT_K=split)) for (f, _, c), M in kept.items() for split in SPLITS[1:]]
     say(f"compiling {len(jobs)} launches that split K")
-    compile_launches(jobs, options, machine)
+    compile_launches(jobs, machine)
     path = machine.out_dir / f"{machine.slug}-table.json"
     for name in options.layers:
         for format in options.formats:
             second_round(name, format, best[format], machine)
         if "semi24" in options.formats:
-            prefill(name, machine)
+            prefill(name, "semi24", machine)
         machine.free_memory()
         count = tuning.export(machine.device, path)
+    quantised = [format for format in options.formats if format != "semi24"]
+    for name, format in itertools.product(options.layers[: machine.size(99, 1)], quantised):
+        if not machine.is_late(f"prefill of {name} in {format}", needed=machine.size(10, 0)):
+            prefill(name, format, machine)
+            count = tuning.export(machine.device, path)
     for format in list(BLOCK_FORMATS)[: machine.size(len(BLOCK_FORMATS), 1)]:
         blocks(format, FIRST_LAYER, machine)
-    say(
-        f"tune: {count} rows in {path}: commit it as kernels/sparsekit_kernels/configs/{tuning.slug(machine.name)}.json"
-    )
+    shipped = tuning.CONFIG_DIR / f"{tuning.slug(machine.name)}.json"
+    say(f"tune: {count} rows in {path}: commit it as {shipped.relative_to(ROOT)}")
+    if count and not machine.dry_run:
+        shutil.copyfile(path, shipped)  # for the stages after this one
     return 0 if count else 1
 
 
