@@ -133,10 +133,10 @@ def parse(text: str) -> Program:
 
 def _body(text: str, start: int) -> str:
     depth = 1
-    for i in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[i], 0)
+    for brace in re.compile(r"[{}]").finditer(text, start):
+        depth += 1 if brace[0] == "{" else -1
         if depth == 0:
-            return text[start:i]
+            return text[start : brace.start()]
     raise PtxError("the entry has no end")
 
 
