@@ -30,7 +30,8 @@ class Semi24Runner(CpuRunner):
         return cpu.prepare(packed.tensors["values"], packed.tensors["meta"])
 
     def restore(self, spec: WeightSpec, prepared: tuple[Tensor, ...]) -> PackedWeight:
-        values, meta = cpu.restore(*prepared, spec.out_features)
+        blocks, masks = prepared
+        values, meta = cpu.restore(blocks, masks, spec.out_features)
         return PackedWeight(spec, {"values": values, "meta": meta})
 
     def linear(self, x: Tensor, prepared: Sequence[Tensor], bias: Tensor | None, N: int, K: int) -> Tensor:
@@ -72,7 +73,8 @@ class Int4Runner(CpuRunner):
         return cpu.prepare_int4(parts["values"], parts["meta"], parts["scales"])
 
     def restore(self, spec: WeightSpec, prepared: tuple[Tensor, ...]) -> PackedWeight:
-        values, meta, scales = cpu.restore_int4(*prepared, spec.out_features)
+        blocks, masks, scales = prepared
+        values, meta, scales = cpu.restore_int4(blocks, masks, scales, spec.out_features)
         return PackedWeight(spec, {"values": values, "meta": meta, "scales": scales})
 
     def linear(self, x: Tensor, prepared: Sequence[Tensor], bias: Tensor | None, N: int, K: int) -> Tensor:

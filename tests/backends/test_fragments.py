@@ -1,0 +1,108 @@
+"""Layers on the triton backend whose kernels need a GPU, run as compiled PTX on the CPU."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+import sparsekit_kernels.spmm24_mma  # noqa: E402, F401 - imported here, so that `emulated` finds it
+from sparsekit_kernels import cusparselt, prefill24, target  # noqa: E402
+
+from sparsekit import SparseLinear, Unsupported  # noqa: E402
+from sparsekit.backends import BACKENDS  # noqa: E402
+from sparsekit.backends.triton_semi24 import FragmentRunner  # noqa: E402
+from sparsekit.formats import FORMATS, WeightSpec  # noqa: E402
+from tests.kernels.ptx import emulated  # noqa: E402
+
+pytestmark = pytest.mark.skipif(target.INTERPRETED, reason="Triton interprets here; these tests compile")
+
+SEMI24 = ("semi24", "semi24_fp8", "semi24_int8", "semi24_int4")
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+def weight24(N, K, dtype):
+    torch.manual_seed(0)
+    order = torch.rand(N, -(-K // 4), 4).argsort(-1).argsort(-1).view(N, -1)[:, :K]
+    return torch.where(order >= 2, torch.randn(N, K), 0.0).to(dtype)
+
+
+def exact(layer):
+    """The weight in float64, with nothing rounded to the layer's dtype."""
+    kind = FORMATS.get(layer.format)
+    packed = layer.packed()
+    return (kind.unpack(packed) if kind.lossless else kind.unpack(kind.cast(packed, torch.float32))).double()
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
+@pytest.mark.parametrize("format", SEMI24)
+def test_a_layer(format, dtype):
+    N, K = 40, 300
+    w, bias = weight24(N, K, dtype), torch.randn(N).to(dtype)
+    with emulated(), torch.no_grad():
+        layer = SparseLinear.from_dense(w, bias, format=format, backend="triton")
+        assert layer.backend == "triton" and layer.prepared[0].dtype == torch.int32
+        for shape in ((1, K), (2, 5, K), (K,), (0, K)):
+            x = torch.randn(shape).to(dtype)
+            y = layer(x)
+            ref64 = F.linear(x.double(), exact(layer), bias.double())
+            assert y.shape == ref64.shape and y.dtype == dtype
+            size = F.linear(x.double().abs(), exact(layer).abs(), bias.double().abs())
+            assert ((y.double() - ref64).abs() <= size * torch.finfo(dtype).eps).all()
+
+
+@pytest.mark.parametrize("format", SEMI24)
+@pytest.mark.parametrize("N,K", [(1, 1), (3, 7), (17, 130), (64, 520)])
+def test_prepare_and_restore_are_inverse(format, N, K):
+    for dtype in SIXTEEN_BITS:
+        packed = FORMATS.get(format).pack(weight24(N, K, dtype))
+        runner = FragmentRunner(format)
+        prepared = runner.prepare(packed)
+        restored = runner.restore(packed.spec, prepared)
+        assert restored.spec == packed.spec and list(restored.tensors) == list(packed.tensors)
+        for name, tensor in packed.tensors.items():
+            assert restored.tensors[name].dtype == tensor.dtype
+            assert torch.equal(restored.tensors[name].view(torch.uint8), tensor.view(torch.uint8)), name
+        dense = runner.dense(prepared, N, K, dtype)
+        assert torch.equal(dense, FORMATS.get(format).unpack(packed))
+        assert runner.second_copy_bytes(prepared) == 0
+
+
+def test_fp32_stays_in_the_canonical_layout_and_quantised_fp32_is_refused():
+    w = weight24(16, 64, torch.float32)
+    with emulated():
+        layer = SparseLinear.from_dense(w, backend="triton")
+        assert torch.equal(layer.prepared[0], layer.packed().tensors["values"])
+        spec = WeightSpec("semi24_int8", 16, 64, torch.float32)
+        answer = BACKENDS.get("triton").why_not(spec, torch.device("cpu"))
+        assert answer == "sparse tensor cores multiply bfloat16 and float16, not float32"
+        with pytest.raises(Unsupported, match="needs a 16-bit weight"):
+            SparseLinear.from_dense(w, backend="triton", prefill="cusparselt")
+
+
+def test_a_second_copy_only_when_asked_for(monkeypatch):
+    """cuSPARSELt's own compression needs its GPU: here it hands back bytes of the right number."""
+    N, K = 64, 128
+    w = weight24(N, K, torch.bfloat16)
+    blob = torch.zeros(cusparselt.blob_bytes(N, K, torch.bfloat16), dtype=torch.uint8)
+    monkeypatch.setattr(cusparselt, "prepare", lambda values, meta, K: (blob,))
+    monkeypatch.setattr(cusparselt, "why_not", lambda *args: None)
+    with emulated():
+        one = SparseLinear.from_dense(w, backend="triton")
+        two = SparseLinear.from_dense(w, backend="triton", prefill="cusparselt")
+        unmeasured = SparseLinear.from_dense(w, backend="triton", prefill="auto")
+        monkeypatch.setattr(prefill24, "blob_speedups", lambda *args: {2048: 1.2})
+        measured = SparseLinear.from_dense(w, backend="triton", prefill="auto")
+        monkeypatch.setattr(prefill24, "blob_speedups", lambda *args: {2048: 1.01})
+        noise = SparseLinear.from_dense(w, backend="triton", prefill="auto")
+    assert [len(layer.prepared) for layer in (one, two, unmeasured, measured, noise)] == [2, 3, 2, 3, 2]
+    runner = FragmentRunner("semi24")
+    assert runner.second_copy_bytes(two.prepared) == blob.nbytes and runner.second_copy_bytes(one.prepared) == 0
+    assert torch.equal(runner.dense(two.prepared, N, K, torch.bfloat16), w)
