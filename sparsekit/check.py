@@ -125,7 +125,8 @@ def explain(model: nn.Module, num_tokens: tuple[int, ...] = (1, 16, 128, 1024)) 
     """Return, for each kind of linear layer, the backend chosen, the kernel at each M, and why not the others.
 
     One prepared copy serves every number of tokens, so a layer has one backend; inside it the kernel changes with the
-    number of tokens M (rows of x), as the columns "M=..." say. After `pack_(fuse=True)` the column "fused" names the
+    number of tokens M (rows of x), as the columns "M=..." say. On a GPU the column "against dense" says where a dense
+    weight was measured to be faster, and by how much. After `pack_(fuse=True)` the column "fused" names the
     layers that share a launch, or says why they do not.
     """
     for m in num_tokens:
@@ -164,6 +165,8 @@ def _explain_sparse(layer: SparseLinear, num_tokens: tuple[int, ...]) -> dict[st
     }
     row: dict[str, Any] = {"weight": str(layer.spec), "backend": layer.backend}
     row |= {f"M={m}": chosen.kernel(layer.spec, m) for m in num_tokens}
+    if verdict := chosen.against_dense(layer.spec, device):
+        row["against dense"] = verdict
     return row | {"why not the others": "; ".join(f"{name}: {reason}" for name, reason in others.items())}
 
 

@@ -74,6 +74,10 @@ class Runner(ABC):
     def kernel(self, spec: WeightSpec, num_tokens: int) -> str:
         """Return what runs for this many tokens."""
 
+    def against_dense(self, spec: WeightSpec, device: torch.device) -> str:
+        """Return where a dense weight was measured to be faster on this device, if the backend keeps such tables."""
+        return ""
+
 
 class Backend:
     """Runs packed weights on some machines: a `Runner`, and a pair of operators, for each format it has.
@@ -132,6 +136,10 @@ class Backend:
     def kernel(self, spec: WeightSpec, num_tokens: int) -> str:
         """Return what runs for this many tokens."""
         return self._runners[spec.format].kernel(spec, num_tokens)
+
+    def against_dense(self, spec: WeightSpec, device: torch.device) -> str:
+        """Return where a dense weight was measured to be faster on this device, if the backend keeps such tables."""
+        return self._runners[spec.format].against_dense(spec, device)
 
 
 BACKENDS: Registry[Backend] = Registry("backend")

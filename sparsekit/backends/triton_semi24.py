@@ -93,6 +93,10 @@ class FragmentRunner(Runner):
             choice.kernel, "cuSPARSELt"
         ) + ("" if choice.source == "asked" else f" ({choice.source})")
 
+    def against_dense(self, spec: WeightSpec, device: torch.device) -> str:
+        N, K = spec.out_features, spec.in_features
+        return str(kernels("prefill24").stay_dense(N, K, spec.dtype, device, format=self.format))
+
     def _pays(self, spec: WeightSpec, device: torch.device) -> bool:
         """Whether a copy in cuSPARSELt's layout was measured to be faster somewhere by more than noise."""
         gains = kernels("prefill24").blob_speedups(spec.out_features, spec.in_features, spec.dtype, device)
@@ -145,6 +149,9 @@ class Semi24Runner(Runner):
             few = num_tokens <= kernels("spmm24").DENSE_ABOVE
             return "spmm24" if few else "decompress24, then torch's dense product"
         return self._fragments.kernel(spec, num_tokens)
+
+    def against_dense(self, spec: WeightSpec, device: torch.device) -> str:
+        return "" if self._fragments.why_not(spec, device) else self._fragments.against_dense(spec, device)
 
 
 def current_device() -> torch.device:

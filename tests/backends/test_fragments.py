@@ -7,8 +7,9 @@ import torch.nn.functional as F
 pytest.importorskip("triton", reason="Triton is not installed")
 
 import sparsekit_kernels.spmm24_mma  # noqa: E402, F401 - imported here, so that `emulated` finds it
-from sparsekit_kernels import cusparselt, prefill24, target  # noqa: E402
+from sparsekit_kernels import cusparselt, prefill24, target, tuning  # noqa: E402
 
+import sparsekit as sk  # noqa: E402
 from sparsekit import SparseLinear, Unsupported  # noqa: E402
 from sparsekit.backends import BACKENDS  # noqa: E402
 from sparsekit.backends.triton_semi24 import FragmentRunner  # noqa: E402
@@ -106,3 +107,19 @@ def test_a_second_copy_only_when_asked_for(monkeypatch):
     runner = FragmentRunner("semi24")
     assert runner.second_copy_bytes(two.prepared) == blob.nbytes and runner.second_copy_bytes(one.prepared) == 0
     assert torch.equal(runner.dense(two.prepared, N, K, torch.bfloat16), w)
+
+
+def test_explain_says_where_dense_is_faster(monkeypatch):
+    model = torch.nn.Sequential(torch.nn.Linear(64, 32, bias=False).to(torch.bfloat16))
+    with torch.no_grad():
+        model[0].weight.copy_(weight24(32, 64, torch.bfloat16))
+    with emulated():
+        sk.pack_(model, backend="triton")
+        (row,) = sk.explain(model, (1, 1024)).rows
+        assert row["against dense"].startswith("not measured on")
+        assert row["M=1"] == "mma.sp on fragments (rule)"
+        assert row["M=1024"] == "fragments to dense, then torch's dense product (rule)"
+        standing = tuning.Standing(256, "mma", 20.0, 15.0)
+        monkeypatch.setattr(tuning, "against_dense", lambda *args, **kwargs: [standing])
+        (row,) = sk.explain(model, (1,)).rows
+        assert "dense is faster at M=256 (1.33x)" in row["against dense"]
