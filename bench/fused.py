@@ -2,9 +2,8 @@
 
     python bench/fused.py [--rounds 7] [--new-tokens 32] [--layers 18] [--dtype bfloat16] [--device cpu]
 
-The model of `end_to_end.py`, pruned to 2:4 by magnitude and packed; logits and answers of both sides are compared before
-the clock starts (on the CPU they are the same bits). Batch 1, greedy, interleaved rounds. Ends with 1 if fusing loses
-2 %.
+The model of `end_to_end.py`, pruned to 2:4 by magnitude and packed. Logits and answers of both sides are compared
+first; on the CPU they are the same bits. Batch 1, greedy, interleaved rounds. Ends with 1 if fusing loses 2 %.
 """
 
 import argparse

@@ -1,11 +1,15 @@
 """The operators themselves: `opcheck` on each that runs here, shapes without kernels, and what they refuse."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from sparsekit.backends import BACKENDS
 from sparsekit.formats import FORMATS, WeightSpec
+from sparsekit.ops import defined
 
 CPU = torch.device("cpu")
 N, K = 24, 40
@@ -128,3 +132,32 @@ def test_the_packed_weight_gets_no_gradient(name, spec):
     y = op("linear", name, spec.format)(torch.randn(3, 40, requires_grad=True), wanting, None, N, K)
     y.sum().backward()
     assert all(part.grad is None for part in wanting)
+
+
+@pytest.mark.parametrize("name,format", [(name, format) for name in BACKENDS for format in BACKENDS.get(name).formats])
+def test_operators_are_copied_and_pickled_by_name(name, format):
+    """A packed layer holds its operators, and is copied, pickled and sent to other processes with them."""
+    both = BACKENDS.get(name).op(format)
+    assert copy.deepcopy(both) is both and pickle.loads(pickle.dumps(both)) is both and defined(format, name) is both
+
+
+def test_operators_that_nobody_defined():
+    with pytest.raises(ValueError, match="backend='cublas' has no path for format 'semi24'"):
+        defined("semi24", "cublas")
+
+
+def test_a_bias_that_is_a_subclass_is_seen_by_the_dispatcher():
+    seen = []
+
+    class Watched(torch.Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return torch.zeros(3, N)
+
+    spec = WeightSpec("semi24", N, K, torch.float32)
+    _, weight = prepared("reference", spec)
+    bias = torch.Tensor._make_wrapper_subclass(Watched, (N,))
+    with torch.no_grad():
+        BACKENDS.get("reference").linear(torch.randn(3, K), weight, bias, spec)
+    assert seen == ["sparsekit.linear_semi24_reference.default"]

@@ -753,3 +753,26 @@ def test_the_weight_is_read_only_through_numpy_too():
     assert (array == linear.weight.detach().numpy()).all()
     with pytest.raises(ValueError, match="read-only"):
         array[:] = 0
+
+
+def test_a_parametrized_bias():
+    """It is a property then, and no parameter."""
+
+    class Doubled(nn.Module):
+        def forward(self, bias):
+            return 2 * bias
+
+    dense, layer = make()
+    for module in (dense, layer):
+        nn.utils.parametrize.register_parametrization(module, "bias", Doubled())
+    torch.testing.assert_close(layer(input_of(3, K)), dense(input_of(3, K)))
+
+
+def test_a_bias_that_was_taken_away_or_replaced():
+    dense, layer = make()
+    for module in (dense, layer):
+        module.bias = nn.Parameter(torch.full((N,), 2.0))
+    torch.testing.assert_close(layer(input_of(3, K)), dense(input_of(3, K)))
+    for module in (dense, layer):
+        module.bias = None
+    torch.testing.assert_close(layer(input_of(3, K)), dense(input_of(3, K)))
