@@ -156,4 +156,4 @@ class Semi24Runner(Runner):
 
 def current_device() -> torch.device:
     """The device whose tables `kernel` reads: specs do not say where their weight is."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cuda")
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
