@@ -4,7 +4,12 @@
 
 DIR holds `models/` (stories260K, babyllama_tok105, wikilm) and `data/` (tinystories, wikitext2); what is missing is
 skipped, and said so. Calibration: 128 random chunks of the training split, as long as the test chunks. Prints a
-table, then one JSON line for each row.
+table, then one JSON line for each row. `--split test` reads the test text where there is one, for final numbers.
+
+    python bench/quality.py --data DIR --methods sparsegpt --formats semi24_int4,semi24_int8 --split test
+
+adds, for each quantised format, rounding after pruning (to nearest; and by a second pass that keeps the zeros and makes
+up for the rounding, as GPTQ does) and pruning and rounding in one pass; all in the same order of columns.
 
     git clone https://github.com/IST-DASLab/sparsegpt CLONE && git -C CLONE checkout 147d215
     python bench/quality.py --data DIR --methods sparsegpt --published CLONE
@@ -18,6 +23,7 @@ import io
 import json
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -44,12 +50,13 @@ class Case:
     train: str
     valid: str
     chunk: int
+    test: str | None = None
 
 
 CASES = (
     Case("stories260K", "tinystories/tok512/train.bin", "tinystories/tok512/valid.bin", 512),
     Case("babyllama_tok105", "tinystories/tok105/train.bin", "tinystories/tok105/valid.bin", 256),
-    Case("wikilm", "wikitext2/train.txt", "wikitext2/valid.txt", 256),
+    Case("wikilm", "wikitext2/train.txt", "wikitext2/valid.txt", 256, "wikitext2/test.txt"),
 )
 
 
@@ -108,14 +115,29 @@ def prune_published_(model: Any, chunks: list[Tensor], clone: Path) -> None:
                     worker.fasterprune(0.5, prunen=2, prunem=4, percdamp=0.01, blocksize=128)
 
 
+def round_to_nearest_(model: Any, format: str) -> None:
+    """Leave in each pruned layer what its packed form would run with."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # who would run it does not matter here
+        sk.unpack_(sk.pack_(model, format, "reference"))
+
+
 def measure(
-    case: Case, root: Path, methods: list[str], pattern: str, seeds: list[int], published: Path | None = None
+    case: Case,
+    root: Path,
+    methods: list[str],
+    pattern: str,
+    seeds: list[int],
+    formats: list[str],
+    split: str = "valid",
+    published: Path | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Yield a row for the dense model, then one for each method and seed, and for the published SparseGPT."""
+    """Yield a row for the dense model, then one for each method, format and seed, and for the published SparseGPT."""
     model_dir = root / "models" / case.model
     model = load_model(model_dir)
     dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    train, valid = (load_ids(root / "data" / split, model_dir) for split in (case.train, case.valid))
+    held_out = case.test if split == "test" and case.test else case.valid
+    train, valid = (load_ids(root / "data" / file, model_dir) for file in (case.train, held_out))
 
     def row(method: str, seed: int | None, seconds: float | None) -> dict[str, Any]:
         found = perplexity(model, valid, max_seq_length=case.chunk, progress=False)
@@ -124,6 +146,7 @@ def measure(
             "method": method,
             "pattern": "dense" if method == "dense" else pattern,
             "seed": seed,
+            "text": held_out,
             "perplexity": found.value,
             "seconds": seconds,
             "torch": torch.__version__,
@@ -138,6 +161,24 @@ def measure(
             chunks = random_chunks(train, case.chunk, seed)
             sk.prune_(model, METHODS.get(method)(pattern=pattern), dataset=chunks, seed=seed, progress=False)
             yield row(method, seed, time.perf_counter() - started)
+    for seed in seeds if formats else []:
+        chunks = random_chunks(train, case.chunk, seed)
+
+        def prune_(started_from: dict[str, Tensor], format: str | None, seed: int = seed, data: Any = chunks) -> float:
+            model.load_state_dict(started_from)
+            config = sk.SparseGPT(pattern=pattern, format=format, strongest_first=True)
+            started = time.perf_counter()
+            sk.prune_(model, config, dataset=data, seed=seed, progress=False)
+            return time.perf_counter() - started
+
+        yield row("sparsegpt, strongest first", seed, prune_(dense, None))
+        pruned = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        for format in formats:
+            model.load_state_dict(pruned)
+            round_to_nearest_(model, format)
+            yield row(f"… then {format} to nearest", seed, None)
+            yield row(f"… then {format} in a second pass", seed, prune_(pruned, format))
+            yield row(f"{format} in one pass", seed, prune_(dense, format))
     for seed in seeds if published is not None else []:
         model.load_state_dict(dense)
         started = time.perf_counter()
@@ -153,6 +194,8 @@ def main() -> None:
     parser.add_argument("--methods", type=names, default=["magnitude", "wanda", "sparsegpt"])
     parser.add_argument("--pattern", default="2:4")
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0])
+    parser.add_argument("--formats", type=names, default=[], help="quantised formats; 2:4 only")
+    parser.add_argument("--split", choices=["valid", "test"], default="valid", help="text of the perplexity")
     parser.add_argument("--published", type=Path, help="clone of IST-DASLab/sparsegpt, to compare with; 2:4 only")
     parser.add_argument("--json", type=Path, help="append the rows to this file")
     options = parser.parse_args()
@@ -166,7 +209,18 @@ def main() -> None:
         if missing := [str(path) for path in needed if not path.exists()]:
             report.notes.append(f"{case.model} skipped: no {', '.join(missing)}")
             continue
-        report.rows += measure(case, options.data, options.methods, options.pattern, options.seeds, options.published)
+        for row in measure(
+            case,
+            options.data,
+            options.methods,
+            options.pattern,
+            options.seeds,
+            options.formats,
+            options.split,
+            options.published,
+        ):
+            print(f"{row['model']}, {row['method']}: {row['perplexity']:.4f}", file=sys.stderr, flush=True)
+            report.rows.append(row)
     report.print()
     lines = [json.dumps(row) for row in report.rows]
     print("\n".join(lines))

@@ -51,13 +51,13 @@ class Hessian(Statistics):
 
     Attributes:
         matrix: H.
-        factors: what was derived from the finished H, by damping, for the layers that share it.
+        factors: what was derived from the finished H, by damping and order, for the layers that share it.
     """
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         super().__init__(in_features, device)
         self.matrix = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
-        self.factors: dict[float, object] = {}
+        self.factors: dict[object, object] = {}
 
     def _add(self, x_MK: Tensor) -> None:
         self.matrix.addmm_(x_MK.T, x_MK)

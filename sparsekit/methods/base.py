@@ -10,8 +10,8 @@ from torch import Tensor
 
 from sparsekit.calibration.statistics import Statistics
 from sparsekit.formats import FORMATS
-from sparsekit.methods.grid import is_quantised, round_to_nearest, scale_columns
-from sparsekit.patterns import NM, Pattern, check_sparsity, parse_pattern
+from sparsekit.methods.grid import is_quantised, round_to_nearest
+from sparsekit.patterns import Pattern, check_sparsity, parse_pattern
 from sparsekit.registry import Registry, unknown
 
 
@@ -85,14 +85,12 @@ class OneShot(ABC):
 
     def rounded(self, w_NK: Tensor, decision: Decision) -> Decision:
         """Return the decision about `w_NK` with the kept weights on the grid of `format`: to nearest, if not yet so."""
-        if self.format is None or not is_quantised(self.format) or decision.scales is not None:
-            return decision
-        kept = w_NK if decision.weight is None else decision.weight
-        weight, scales = round_to_nearest(kept.float(), decision.keep, self.format)
-        notes = decision.notes
-        if self.updates_weights:
-            notes += ("its weights were rounded to nearest, without compensation",)
-        return Decision(decision.keep, weight, scales, notes)
+        if is_quantised(self.format) and decision.scales is None:
+            kept = w_NK if decision.weight is None else decision.weight
+            weight, scales = round_to_nearest(kept.float(), decision.keep, self.format)
+            said = ("its weights were rounded to nearest, without compensation",) if self.updates_weights else ()
+            return Decision(decision.keep, weight, scales, decision.notes + said)
+        return decision
 
     @property
     def parsed_pattern(self) -> Pattern:
@@ -133,12 +131,6 @@ def _check_format(format: str, pattern: Pattern, sparsity: float) -> None:
         raise ValueError(
             f"format={format!r} does not hold the pattern {pattern}: leave format out, or take another pattern (2:4 "
             "fits every semi24 format)"
-        )
-    columns = scale_columns(format) if is_quantised(format) else None
-    if columns is not None and isinstance(pattern, NM) and columns % pattern.m:
-        raise ValueError(
-            f"format={format!r} has a scale for every {columns} columns, which groups of {pattern.m} do not divide: "
-            "use pattern='2:4'"
         )
 
 

@@ -28,15 +28,19 @@ class InverseFactor:
     note: str = ""
 
 
-def inverse_factor(hessian: Hessian, dampening_frac: float) -> InverseFactor | None:
+def inverse_factor(hessian: Hessian, dampening_frac: float, order: Tensor | None = None) -> InverseFactor | None:
     """Return U for H + dampening_frac * mean(diag H) * I, or None where H cannot be factored.
+
+    With an `order` of the input features [K], rows and columns of H are first put into it.
 
     Where the factorisation fails, fp64 is tried, then ten and a hundred times the damping. The result is kept with
     the Hessian, so layers that share inputs share the work.
     """
-    if dampening_frac not in hessian.factors:
-        hessian.factors[dampening_frac] = _factor(hessian.matrix, dampening_frac)
-    found = hessian.factors[dampening_frac]
+    key = (dampening_frac, None if order is None else tuple(order.tolist()))
+    if key not in hessian.factors:
+        matrix = hessian.matrix if order is None else hessian.matrix[order][:, order]
+        hessian.factors[key] = _factor(matrix, dampening_frac)
+    found = hessian.factors[key]
     assert found is None or isinstance(found, InverseFactor)
     return found
 

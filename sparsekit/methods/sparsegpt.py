@@ -6,19 +6,23 @@ U is from `inverse_factor`. What to remove is chosen as the columns come, from t
 w^2 / U_kk^2: for N:M in each group as it is reached, for the unstructured pattern in each block of `block_size`
 columns, across all rows. Blocks of weights are chosen before the walk, by the joint error of a whole tile.
 
+Where the result goes into a quantised format, kept weights are rounded in the same walk: column k then leaves the error
+e = (w_k - q_k * scale) / U_kk, with q_k = 0 where it was removed, and the columns after it make up for both. The scales
+must be known by then; they are chosen from a walk ahead that rounds nothing, and once more when all is done (`refit_`).
+
 The weight is held as [K, N], so that a column is contiguous, and updates are lazy on two levels: a column at once
 reaches only the columns of its strip; a strip then reaches its block, and a block the rest, as matrix products.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sparsekit.calibration.statistics import Hessian, Statistics
 from sparsekit.methods.base import METHODS, Decision, OneShot
-from sparsekit.methods.grid import Grid, is_quantised, scale_spans, stored_scales
+from sparsekit.methods.grid import Grid, is_quantised, refit_, scale_spans, stored_scales
 from sparsekit.methods.inverse_factor import inverse_factor
 from sparsekit.methods.wanda import Wanda
 from sparsekit.patterns import NM, Block, Unstructured
@@ -34,10 +38,14 @@ class SparseGPT(OneShot):
     Attributes:
         dampening_frac: share of the mean diagonal of H that is added to it (section 3.4 and the official code: 0.01).
         block_size: columns that are updated together, and, for "unstructured", chosen together (table 7: 128).
+        strongest_first: walk over the columns (groups of them, for N:M) from the strongest input to the weakest, which
+            leaves the most columns to make up for the errors that matter most. False is the order of the paper. None:
+            True with a quantised format, else False.
     """
 
     dampening_frac: float = 0.01
     block_size: int = 128
+    strongest_first: bool | None = None
 
     name = "sparsegpt"
     statistics = Hessian
@@ -52,14 +60,23 @@ class SparseGPT(OneShot):
 
     def decide(self, w_NK: Tensor, statistics: Statistics | None) -> Decision:
         assert isinstance(statistics, Hessian), "SparseGPT needs the Hessian of the inputs"
-        factor = None if bool((statistics.column_norms == 0).all()) else inverse_factor(statistics, self.dampening_frac)
+        order = self._order(statistics.matrix.diagonal())
+        silent = bool((statistics.column_norms == 0).all())
+        factor = None if silent else inverse_factor(statistics, self.dampening_frac, order)
         if factor is None:
             return self._fall_back(w_NK, statistics, "its Hessian could not be factored")
-        w_KN = w_NK.T.clone(memory_format=torch.contiguous_format)
+        w_KN = (w_NK.T if order is None else w_NK.T[order]).clone(memory_format=torch.contiguous_format)
         w_KN[factor.dead] = 0
-        keep_KN, grids = self._prune_(w_KN, factor.U, self._known_keep(w_NK, w_KN, factor.U))
+        known = self._known_keep(w_KN, factor.U)
+        grids = self._find_grids(w_KN, factor.U, known, order)
+        keep_KN = self._prune_(w_KN, factor.U, known, _grid_of_each_column(grids, order, len(w_KN)))
+        if order is not None:
+            back = order.argsort()
+            w_KN, keep_KN = w_KN[back], keep_KN[back]
         if not w_KN.isfinite().all():
             return self._fall_back(w_NK, statistics, "its update overflowed")
+        if grids:
+            grids = refit_(w_KN, grids, w_NK.T, statistics.matrix)
         notes = [factor.note] if factor.note else []
         if num_dead := int(factor.dead.sum()):
             notes.append(
@@ -72,7 +89,19 @@ class SparseGPT(OneShot):
         wanda = Wanda(pattern=self.pattern, sparsity=self.sparsity).decide(w_NK, statistics)
         return Decision(wanda.keep, notes=(f"{reason}: pruned by Wanda, without an update",))
 
-    def _known_keep(self, w_NK: Tensor, w_KN: Tensor, U: Tensor) -> Tensor | None:
+    def _order(self, diagonal: Tensor) -> Tensor | None:
+        """Return the input features [K] in the order of the walk; None for the order that they have."""
+        sorts = is_quantised(self.format) if self.strongest_first is None else self.strongest_first
+        if not sorts:
+            return None
+        pattern, K = self.parsed_pattern, len(diagonal)
+        unit = pattern.m if isinstance(pattern, NM) else pattern.columns if isinstance(pattern, Block) else 1
+        index = torch.arange(K, device=diagonal.device)
+        whole = K // unit * unit
+        by_strength = diagonal[:whole].view(-1, unit).sum(dim=1).argsort(descending=True, stable=True)
+        return torch.cat((index[:whole].view(-1, unit)[by_strength].flatten(), index[whole:]))
+
+    def _known_keep(self, w_KN: Tensor, U: Tensor) -> Tensor | None:
         """Return what is known of `keep` [K, N] before the walk; None where the walk is to choose.
 
         A weight that is only rounded, having obeyed the pattern when it came, keeps its zeros.
@@ -80,55 +109,63 @@ class SparseGPT(OneShot):
         pattern = self.parsed_pattern
         if isinstance(pattern, Block):
             return self._choose_tiles(w_KN, U)
-        if is_quantised(self.format) and pattern.count_violations(w_NK != 0) == 0:
-            return self.project(w_NK.abs()).T.contiguous()
+        if is_quantised(self.format) and pattern.count_violations(w_KN.T != 0) == 0:
+            return self.project(w_KN.T.abs()).T.contiguous()
         return None
 
-    def _prune_(self, w_KN: Tensor, U: Tensor, known: Tensor | None) -> tuple[Tensor, list[Grid]]:
-        """Remove, round and compensate in place; return `keep` as [K, N], and the grid of each span of columns.
+    def _find_grids(self, w_KN: Tensor, U: Tensor, known: Tensor | None, order: Tensor | None) -> list[Grid]:
+        """Return the grid of each span of columns that share a scale; none where nothing is rounded.
 
-        Where weights are rounded, a span of columns that shares scales is first walked without rounding: its kept
-        weights grow on the way, and only at the end show how wide the grid must be.
+        Kept weights grow on the way, and only at the end show how wide a grid must be: so a copy is walked ahead,
+        without rounding.
         """
-        K, N = w_KN.shape
-        keep_KN = torch.ones_like(w_KN, dtype=torch.bool) if known is None else known.clone()
-        if self.format is None or not is_quantised(self.format):
-            self._walk_(w_KN, U, keep_KN, slice(0, K), known is None, None)
-            return keep_KN, []
-        grids = []
-        for span in scale_spans(self.format, K):
-            ahead = w_KN[span].clone()
-            replace(self, format=None)._prune_(ahead, U[span, span], None if known is None else known[span])
-            grids.append(Grid.around(self.format, ahead))
-            self._walk_(w_KN, U, keep_KN, span, known is None, grids[-1])
-        return keep_KN, grids
+        if not is_quantised(self.format):
+            return []
+        ahead, costs_K = w_KN.clone(), U.diagonal().square().reciprocal()
+        self._prune_(ahead, U, known)
+        if order is not None:
+            back = order.argsort()
+            ahead, costs_K = ahead[back], costs_K[back]
+        spans = scale_spans(self.format, len(ahead))
+        return [Grid.fitted(self.format, ahead[span], costs_K[span]) for span in spans]
 
-    def _walk_(self, w_KN: Tensor, U: Tensor, keep_KN: Tensor, span: slice, choose: bool, grid: Grid | None) -> None:
-        """Walk over the columns of `span`, and bring what they leave to all columns behind it."""
+    def _prune_(
+        self, w_KN: Tensor, U: Tensor, known: Tensor | None, grids: Sequence[Grid | None] | None = None
+    ) -> Tensor:
+        """Remove, round and compensate in place; return `keep` as [K, N].
+
+        Args:
+            known: `keep`, where it has been chosen before.
+            grids: of each column; None where nothing is rounded.
+        """
         pattern = self.parsed_pattern
+        K, N = w_KN.shape
         group = pattern.m if isinstance(pattern, NM) else 1
-        N = w_KN.shape[1]
-        for block in _spans(span.start, span.stop, self.block_size, group):
-            errors = w_KN.new_empty(block.stop - block.start, N)
+        choose = pattern if known is None and isinstance(pattern, NM) else None
+        grids = grids or [None] * K
+        keep_KN = torch.ones_like(w_KN, dtype=torch.bool) if known is None else known.clone()
+        errors = torch.empty_like(w_KN)
+        num_removed = 0
+        for block in _spans(0, K, self.block_size, group):
             if isinstance(pattern, Unstructured):
-                due = round(self.sparsity * block.stop * N) - int((~keep_KN[: block.start]).sum())
+                due = round(self.sparsity * block.stop * N) - num_removed
                 scores_NK = (w_KN[block] / U.diagonal()[block, None]).square().T
                 keep_KN[block] = pattern.project(scores_NK, due / scores_NK.numel()).T
+                num_removed += due
             for strip in _spans(block.start, block.stop, _STRIP, group):
-                error = errors[strip.start - block.start : strip.stop - block.start]
-                self._prune_strip_(w_KN[strip], U[strip, strip], keep_KN[strip], error, choose, grid)
-                w_KN[strip.stop : block.stop].addmm_(U[strip, strip.stop : block.stop].T, error, alpha=-1)
-            w_KN[block.stop :].addmm_(U[block, block.stop :].T, errors, alpha=-1)
+                self._prune_strip_(w_KN[strip], U[strip, strip], keep_KN[strip], errors[strip], choose, grids[strip])
+                w_KN[strip.stop : block.stop].addmm_(U[strip, strip.stop : block.stop].T, errors[strip], alpha=-1)
+            w_KN[block.stop :].addmm_(U[block, block.stop :].T, errors[block], alpha=-1)
+        return keep_KN
 
     def _prune_strip_(
-        self, w_KN: Tensor, U: Tensor, keep_KN: Tensor, errors: Tensor, choose: bool, grid: Grid | None
+        self, w_KN: Tensor, U: Tensor, keep_KN: Tensor, errors: Tensor, choose: NM | None, grids: Sequence[Grid | None]
     ) -> None:
-        pattern = self.parsed_pattern
         diagonal = U.diagonal().tolist()
-        for k, pivot in enumerate(diagonal):
-            if choose and isinstance(pattern, NM) and k % pattern.m == 0:
-                group = slice(k, k + pattern.m)
-                keep_KN[group] = _keep_largest_of_columns((w_KN[group] / U.diagonal()[group, None]).square(), pattern.n)
+        for k, (pivot, grid) in enumerate(zip(diagonal, grids, strict=True)):
+            if choose is not None and k % choose.m == 0:
+                group = slice(k, k + choose.m)
+                keep_KN[group] = _keep_largest_of_columns((w_KN[group] / U.diagonal()[group, None]).square(), choose.n)
             if grid is None:
                 torch.div(w_KN[k], pivot, out=errors[k]).masked_fill_(keep_KN[k], 0)
                 w_KN[k].masked_fill_(~keep_KN[k], 0)
@@ -147,6 +184,15 @@ class SparseGPT(OneShot):
             factor = torch.linalg.cholesky(U[:, span].T @ U[:, span])
             costs[span] = torch.linalg.solve_triangular(factor, w_KN[span], upper=False).square()
         return pattern.project(costs.T, self.sparsity).T.contiguous()
+
+
+def _grid_of_each_column(grids: list[Grid], order: Tensor | None, K: int) -> list[Grid] | None:
+    """Return the grids column by column as the walk comes to them; None where there are none."""
+    if not grids:
+        return None
+    spans = scale_spans(grids[0].format, K)
+    each = [grid for grid, span in zip(grids, spans, strict=True) for _ in range(span.start, span.stop)]
+    return each if order is None else [each[k] for k in order.tolist()]
 
 
 def _spans(start: int, stop: int, size: int, multiple_of: int) -> Iterator[slice]:
