@@ -23,6 +23,7 @@ Prefill, more tokens. Tiles of BLOCK_M tokens x ROWS outputs on the tensor cores
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -272,15 +273,14 @@ def prepare(values: Tensor, columns: Tensor, row_pointers: Tensor, num_sms: int)
     def table(entries: list[tuple[int, int, int]]) -> Tensor:
         return torch.tensor(entries, dtype=torch.int32, device=values.device).view(-1, 3)
 
-    return (
-        values.contiguous(), columns.contiguous(), row_pointers.contiguous(), order, table(parts + whole),
-        table(cut_rows),
-    )  # fmt: skip
+    canonical = [part.contiguous() for part in (values, columns, row_pointers)]
+    canonical = [part.clone() if part.data_ptr() % 16 else part for part in canonical]
+    return *canonical, order, table(parts + whole), table(cut_rows)
 
 
 def spmm_block(
     x: Tensor,
-    prepared: tuple[Tensor, ...],
+    prepared: Sequence[Tensor],
     N: int,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
@@ -294,75 +294,125 @@ def spmm_block(
         ValueError: shapes, dtypes or devices do not fit together.
         RuntimeError: Triton cannot run on the device of `x`; the message says why.
     """
-    values, columns, row_pointers, order = prepared[:4]
-    K = x.shape[-1]
-    _check(x, values, row_pointers, N, bias, residual)
-    shape = (*x.shape[:-1], N)
-    x = x.reshape(math.prod(shape[:-1]), K)
-    chosen = config or pick_config(x.shape[0], x.dtype, values.shape[1], _shared_kib(x.device))
-    full = values.shape[0] > DENSE_ABOVE * order.shape[0] * -(-K // values.shape[2])
-    if chosen.kernel == "prefill" and full and config is None:
-        y = F.linear(x, decompress_block(values, columns, row_pointers, N, K), bias).view(shape)
+    shape, values = x.shape, prepared[0]
+    rows, stride = x, shape[-1]
+    if not x.is_contiguous():
+        rows = x.reshape(shape[:-1].numel(), shape[-1])
+        rows = rows if rows.stride(1) == 1 else rows.contiguous()
+        stride = rows.stride(0)
+    key = (
+        shape, stride, x.dtype, x.device, N, config, values.shape, values.dtype, values.device,
+        prepared[4].shape, prepared[5].shape, None if bias is None else (bias.shape, bias.dtype, bias.device),
+        None if residual is None else (residual.shape, residual.dtype, residual.device),
+    )  # fmt: skip
+    launch = _launches.get(key)
+    if launch is None or INTERPRETED:
+        _check(x, values, prepared[2], N, bias, residual)
+        launch = _launches[key] = _Launch(x, stride, prepared, N, bias, residual, config)
+    if launch.is_dense:
+        values, columns, row_pointers = prepared[:3]
+        y = F.linear(x, decompress_block(values, columns, row_pointers, N, shape[-1]), bias)
         return y if residual is None else y + residual
-    # Triton's interpreter multiplies bf16 bit patterns, and rounds to bf16 by cutting: fp32 inside, torch rounds.
-    upcast = INTERPRETED and x.dtype == torch.bfloat16
-    y = x.new_empty(x.shape[0], N, dtype=torch.float32 if upcast else x.dtype)
-    if y.numel():
-        x = x if x.stride(1) == 1 else x.contiguous()
+    y = x.new_empty(*shape[:-1], N, dtype=launch.dtype)
+    if launch.M and N:
         bias = None if bias is None else bias.contiguous()
         residual = None if residual is None else residual.contiguous()
-        launch = _prefill if chosen.kernel == "prefill" else _decode
-        launch(x, prepared, (bias, residual, y), upcast, chosen)
-    return y.view(shape).to(x.dtype)
+        with torch.cuda.device_of(x):  # Triton launches on the current device
+            launch(rows, prepared, bias, residual, y)
+    return y if launch.dtype == x.dtype else y.to(x.dtype)
 
 
-Epilogue = tuple[Tensor | None, Tensor | None, Tensor]
-"""bias, residual, y"""
+class _Kernel:
+    """A kernel, its grid and its constants. The first call compiles it; later ones go straight to the driver.
+
+    Triton compiles for the numbers it is given, which are those of the key of `_launches`, and for pointers that are
+    multiples of 16, as those of `prepare` and of new tensors are. With others it is asked anew each time.
+    """
+
+    def __init__(
+        self, kernel: Any, grid: tuple[int, int, int], constants: dict[str, Any], options: dict[str, int]
+    ) -> None:
+        self.kernel, self.grid, self.constants, self.options = kernel, grid, constants, options
+        self.tail = tuple(constants[name] for name in kernel.arg_names if name in constants)
+        self.run: Callable[..., None] | None = None
+
+    def __call__(self, aligned: bool, *args: Tensor | int | None) -> None:
+        if self.run is not None and aligned:
+            self.run(*args, *self.tail)
+            return
+        compiled = self.kernel[self.grid](*args, **self.constants, **self.options)
+        if aligned and not INTERPRETED:
+            self.run = compiled[self.grid]
 
 
-def _decode(x: Tensor, prepared: tuple[Tensor, ...], epilogue: Epilogue, upcast: bool, config: Config) -> None:
-    values, columns, _, order, work, cut_rows = prepared
-    bias, residual, y = epilogue
-    (M, K), N, (_, BN, BK) = x.shape, y.shape[1], values.shape
-    num_items, num_cut = work.shape[0], cut_rows.shape[0]
-    num_parts = num_items - (order.shape[0] - num_cut)  # each row that is not cut is one item
-    parts = x.new_empty(num_parts, M, BN, dtype=torch.float32) if num_parts else None
-    flags = {"HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None}
-    constants = {
-        "K": K, "BN": BN, "BK": BK, "LONGEST": _longest(work[:, 2] - work[:, 1]) * BK, "HAS_PARTS": num_cut > 0,
-        "ROWS": config.ROWS, "BLOCK_K": config.BLOCK_K, "num_warps": config.num_warps, **flags,
-    }  # fmt: skip
-    grid = (num_items, BN // config.ROWS)
-    if config.kernel == "vector":
-        _vector_kernel[grid](x, values, columns, work, *epilogue, parts, N, num_parts, **constants)
-    else:
-        _decode_kernel[grid](
-            x, values, columns, work, *epilogue, parts, M, N, num_parts, x.stride(0), **constants,
-            UPCAST=upcast, BLOCK_M=config.BLOCK_M, WARPS=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
-    if num_cut:
-        _add_parts_kernel[(num_cut, M)](
-            parts, cut_rows, *epilogue, M, N, BN=BN, LONGEST=_longest(cut_rows[:, 2] - cut_rows[:, 1]), **flags,
-            BLOCK_N=triton.next_power_of_2(BN),
-        )  # fmt: skip
+class _Launch:
+    """What a call can know from shapes, dtypes and the device: config and kernels."""
+
+    def __init__(
+        self, x: Tensor, stride: int, prepared: Sequence[Tensor], N: int, bias: Tensor | None,
+        residual: Tensor | None, config: Config | None,
+    ) -> None:  # fmt: skip
+        values, _, row_pointers, order, work, cut_rows = prepared
+        (S, self.BN, BK), self.num_rows = values.shape, order.shape[0]
+        self.M, K, self.N, self.stride = x.shape[:-1].numel(), x.shape[-1], N, stride
+        chosen = config or pick_config(self.M, x.dtype, self.BN, _shared_kib(x.device))
+        self.kind = chosen.kernel
+        full = S > DENSE_ABOVE * self.num_rows * -(-K // BK)
+        self.is_dense = self.kind == "prefill" and full and config is None
+        # Triton's interpreter multiplies bf16 bit patterns, and rounds to bf16 by cutting: fp32 inside, torch rounds.
+        upcast = INTERPRETED and x.dtype == torch.bfloat16
+        self.dtype = torch.float32 if upcast else x.dtype
+        num_items, num_cut = work.shape[0], cut_rows.shape[0]
+        self.num_parts = num_items - (self.num_rows - num_cut)  # each row that is not cut is one item
+        flags = {"HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None}
+        tile = {"BN": self.BN, "BK": BK, "K": K, "ROWS": chosen.ROWS, "BLOCK_K": chosen.BLOCK_K, **flags}
+        strips = self.BN // chosen.ROWS
+        if self.kind == "prefill":
+            kernel: Any = _prefill_kernel
+            grid = (triton.cdiv(self.M, chosen.BLOCK_M) * self.num_rows * strips, 1, 1)
+            tile |= {"LONGEST": _longest(row_pointers.diff()) * BK, "GROUP_M": GROUP_M}
+        else:
+            kernel = _vector_kernel if self.kind == "vector" else _decode_kernel
+            grid = (num_items, strips, 1)
+            tile |= {"LONGEST": _longest(work[:, 2] - work[:, 1]) * BK, "HAS_PARTS": num_cut > 0}
+        options = {"num_warps": chosen.num_warps}
+        if self.kind != "vector":
+            tile |= {"BLOCK_M": chosen.BLOCK_M, "UPCAST": upcast}
+            options["num_stages"] = chosen.num_stages
+        if self.kind == "decode":
+            tile["WARPS"] = chosen.num_warps
+        self.multiply = _Kernel(kernel, grid, tile, options)
+        longest = _longest(cut_rows[:, 2] - cut_rows[:, 1])
+        add = {"BN": self.BN, "LONGEST": longest, "BLOCK_N": triton.next_power_of_2(self.BN), **flags}
+        self.add_parts = _Kernel(_add_parts_kernel, (num_cut, self.M, 1), add, {"num_warps": 4}) if num_cut else None
+
+    def __call__(
+        self, x: Tensor, prepared: Sequence[Tensor], bias: Tensor | None, residual: Tensor | None, y: Tensor
+    ) -> None:
+        values, columns, row_pointers, order, work, cut_rows = prepared
+        epilogue, M, N = (bias, residual, y), self.M, self.N
+        aligned = all([t is None or t.data_ptr() % 16 == 0 for t in (x, bias, residual)])
+        if self.kind == "prefill":
+            weight = (values, columns, row_pointers, order)
+            self.multiply(aligned, x, *weight, *epilogue, M, N, self.num_rows, self.stride)
+            return
+        parts = None
+        if self.add_parts is not None:
+            parts = x.new_empty(self.num_parts, M, self.BN, dtype=torch.float32)
+        if self.kind == "vector":
+            self.multiply(aligned, x, values, columns, work, *epilogue, parts, N, self.num_parts)
+        else:
+            self.multiply(aligned, x, values, columns, work, *epilogue, parts, M, N, self.num_parts, self.stride)
+        if self.add_parts is not None:
+            self.add_parts(aligned, parts, cut_rows, *epilogue, M, N)
 
 
-def _prefill(x: Tensor, prepared: tuple[Tensor, ...], epilogue: Epilogue, upcast: bool, config: Config) -> None:
-    values, columns, row_pointers, order = prepared[:4]
-    bias, residual, y = epilogue
-    (M, K), N, (_, BN, BK), num_rows = x.shape, y.shape[1], values.shape, order.shape[0]
-    _prefill_kernel[(triton.cdiv(M, config.BLOCK_M) * num_rows * (BN // config.ROWS),)](
-        x, values, columns, row_pointers, order, *epilogue, M, N, num_rows, x.stride(0),
-        K=K, BN=BN, BK=BK, LONGEST=_longest(row_pointers.diff()) * BK, UPCAST=upcast,
-        HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
-        ROWS=config.ROWS, BLOCK_M=config.BLOCK_M, BLOCK_K=config.BLOCK_K, GROUP_M=GROUP_M,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+_launches: dict[tuple[Any, ...], _Launch] = {}
 
 
 def _longest(counts: Tensor) -> int:
     """Return 0: each program runs to its own end. Triton 3.6 interprets constant bounds only, so there the longest."""
-    return max(int(counts.max()), 1) if INTERPRETED else 0
+    return max([1, *counts.tolist()]) if INTERPRETED else 0
 
 
 @functools.cache

@@ -294,6 +294,42 @@ def test_pick_config_covers_every_shape():
                 assert (config.kernel == "vector") == (M == 1)
 
 
+class FakeKernel:
+    """Stands in for a Triton kernel: notes who was called, with what."""
+
+    arg_names = ["x_ptr", "M", "A", "B"]
+
+    def __init__(self):
+        self.calls = []
+
+    def __getitem__(self, grid):
+        def compile_and_run(*args, **constants):
+            self.calls.append(("triton", grid, args, constants))
+            return {grid: lambda *everything: self.calls.append(("driver", everything))}
+
+        return compile_and_run
+
+
+@pytest.mark.skipif(target.INTERPRETED, reason="the interpreter compiles nothing")
+def test_later_calls_go_straight_to_the_driver_unless_a_pointer_is_odd():
+    fake, x = FakeKernel(), torch.zeros(9)
+    kernel = kernels._Kernel(fake, (2, 1, 1), {"B": 5, "A": 4}, {"num_warps": 4})
+    odd = x[1:]
+    for tensor in (odd, x, x, odd, x):
+        kernel(tensor is x, tensor, 3)
+    assert [call[0] for call in fake.calls] == ["triton", "triton", "driver", "triton", "driver"]
+    assert fake.calls[0] == ("triton", (2, 1, 1), (odd, 3), {"B": 5, "A": 4, "num_warps": 4})
+    (same, *rest) = fake.calls[2][1]
+    assert same is x and rest == [3, 4, 5], "constants follow in the order of the kernel's arguments"
+
+
+@compiles
+@pytest.mark.parametrize("name", ["_vector_kernel", "_decode_kernel", "_add_parts_kernel", "_prefill_kernel"])
+def test_constants_are_the_last_arguments(name):
+    is_constant = [parameter.is_constexpr for parameter in getattr(kernels, name).params]
+    assert is_constant == sorted(is_constant) and any(is_constant)
+
+
 # The machine code.
 
 
