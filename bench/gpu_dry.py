@@ -4,6 +4,7 @@ Every stand-in first binds its arguments to the signature of the function whose 
 weight back from the layout it was given: a call that a GPU would refuse, or that mixes up two tensors, fails here too.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 from types import ModuleType
@@ -31,8 +32,9 @@ from sparsekit import NM
 Arguments = dict[str, Any]
 
 
+@functools.cache
 def install() -> None:
-    """Put every stand-in into the module of its kernel."""
+    """Put every stand-in into the module of its kernel, once."""
     _replace(target, "num_sms", lambda a: 132)
     _replace(spmm24, "spmm24_small", _portable)
     _replace(spmm24, "spmm24_large", _portable)

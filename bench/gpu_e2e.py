@@ -226,9 +226,9 @@ def main() -> int:
     parser.add_argument("--no-compile", action="store_true", help="only the CUDA graphs of the eager step")
     os.environ["SPARSEKIT_TUNING"] = "off"  # shipped tables and rules: nothing is measured on the way
     machine, options = open_machine(__doc__.splitlines()[0], parser)
-    compile_launches(
-        picked([shape for name, shape in LAYERS.items() if name.startswith("8B")], (1, 256), machine), machine
-    )
+    if not machine.dry_run:
+        shapes = [shape for name, shape in LAYERS.items() if name.startswith("8B")]
+        compile_launches(picked(shapes, (1, 256), machine), machine)
     dense = build(machine)
     say(f"dense model: {weights_gb(dense):.2f} GB")
     models = variants_of(dense, options.formats, machine)
