@@ -45,10 +45,10 @@ def test_in_the_interpreter(pytestconfig):
 
 
 def block_weight(N, K, block, dtype, density=0.4):
-    """Normals in random blocks, a tenth of them zero; the second block row is empty, the third full."""
+    """Normals in random blocks, the first row's ends among them; the second block row is empty, the third full."""
     kept = torch.rand(block_grid(N, K, block), device=DEVICE) < density
     if 0 < density < 1:
-        kept[1:2], kept[2:3] = False, True
+        kept[1:2], kept[2:3], kept[:1, :1], kept[:1, -1:] = False, True, True, True
     keep = kept.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)[:N, :K]
     keep = keep & (torch.rand(N, K, device=DEVICE) > 0.1)
     return torch.where(keep, torch.randn(N, K, device=DEVICE), 0.0).to(dtype)
