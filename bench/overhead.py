@@ -12,6 +12,7 @@ import argparse
 import sys
 import timeit
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,12 @@ def bare_call(layer: sk.SparseLinear, x: torch.Tensor) -> Callable[[], Any]:
         cpu._spmm24.cache_clear()
     ((function, arguments),) = seen
     assert y.data_ptr() in arguments and x.data_ptr() in arguments, "not the product of this call"
-    return lambda _kept=(x, y): function(*arguments)  # y must live as long as its address is written to
+    return partial(_call_keeping, (x, y), function, arguments)
+
+
+def _call_keeping(_tensors: tuple[torch.Tensor, ...], function: Callable[..., int], arguments: tuple[Any, ...]) -> int:
+    """Call with addresses of tensors that must live as long."""
+    return function(*arguments)
 
 
 def least_us(calls: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, float]:
@@ -92,14 +98,14 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     device = torch.device(options.device)
-    rows = []
+    rows: list[dict[str, Any]] = []
     with torch.no_grad():
         for dtype in (torch.bfloat16, torch.float32) if device.type == "cpu" else (torch.bfloat16,):
             x = torch.randn(1, 1, SIZE, device=device).to(dtype)
             for format, (dense, packed) in layers(device, dtype).items():
                 calls: dict[str, Callable[[], Any]] = {
-                    "dense_us": lambda dense=dense, x=x: dense(x),
-                    "packed_us": lambda packed=packed, x=x: packed(x),
+                    "dense_us": partial(dense, x),
+                    "packed_us": partial(packed, x),
                 }
                 if device.type == "cpu":
                     calls["kernel_us"] = bare_call(packed, x)
