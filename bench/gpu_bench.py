@@ -10,6 +10,7 @@ torch.mm and F.linear (the faster is "dense"), torch._scaled_mm in fp8, torch's 
 """
 
 import argparse
+import importlib.util
 import itertools
 import os
 import subprocess
@@ -22,6 +23,7 @@ import torch
 from gpu_kernels import (
     BLOCK_FORMATS,
     FORMATS,
+    INT4_GROUP,
     LAYERS,
     WAYS,
     Way,
@@ -31,6 +33,7 @@ from gpu_kernels import (
     fp8_prepare,
     fp8_rows,
     fp8_tensor,
+    gemlite_layer,
     int4_linear,
     int4_prepare,
     pack,
@@ -91,6 +94,8 @@ class Layer:
         self.attempt("torch 2:4", lambda: [torch24_prepare(w) for w in self.dense])
         self.attempt("dense fp8", lambda: self.copies(fp8_prepare(self.w)))
         self.attempt("dense int4", lambda: self.copies(int4_prepare(self.w)))
+        if importlib.util.find_spec("gemlite") is not None:
+            self.attempt("gemlite", lambda: [gemlite_layer(w) for w in self.dense])
 
     def attempt(self, rival: str, prepare: Callable[[], list[Any]]) -> None:
         """Prepare a rival; one that this GPU or this torch lacks is left out, and said to be."""
@@ -138,6 +143,10 @@ class Layer:
             copies = self.rivals["dense int4"]
             calls = [partial(int4_linear, x, w) for w in copies]
             found["dense int4 (tinygemm)", "dense int4"] = Variant(calls, self.moved(copies[0], x))
+        if "gemlite" in self.rivals and x.shape[0] <= 64:  # it tunes itself for each shape, which takes its time
+            num_bytes = self.N * self.K // 2 + self.N * self.K // INT4_GROUP * 4
+            calls = [partial(layer, x) for layer in self.rivals["gemlite"]]
+            found["dense int4 (gemlite)", "dense int4"] = Variant(calls, num_bytes)
         return {key: (variant, reference) for key, variant in found.items()}
 
     def moved(self, tensors: tuple[Tensor, ...], x: Tensor) -> int:
@@ -301,6 +310,8 @@ def main() -> int:
             continue
         tokens = DECODE if table == "decode" else PREFILL
         compile_ahead(table, options.layers, machine)
+        if importlib.util.find_spec("gemlite") is None:
+            say("gemlite is not installed: the dense int4 kernel is torch's own, tinygemm")
         for name in options.layers:
             if machine.is_late(f"{table} {name}", needed=machine.size(8, 0)):
                 continue

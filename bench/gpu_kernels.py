@@ -270,12 +270,27 @@ def fp8_tensor(x8: Tensor, one: Tensor, prepared: Sequence[Tensor]) -> Tensor:
 INT4_GROUP, INT4_INNER_TILES = 128, 8
 
 
-def int4_prepare(weight: Tensor) -> Prepared:
-    """torch's own dense int4 (tinygemm): packed weight, and [K/128, N, 2] scales and zeros."""
+def int4_numbers(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A dense weight in int4: uint8 [N, K], 8 being zero, and scales [N, K/128, 1]."""
     N, K = weight.shape
     groups = weight.float().view(N, K // INT4_GROUP, INT4_GROUP)
     scales = groups.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 7
-    q = ((groups / scales).round().clamp(-8, 7) + 8).to(torch.uint8).view(N, K)
+    return ((groups / scales).round().clamp(-8, 7) + 8).to(torch.uint8).view(N, K), scales
+
+
+def gemlite_layer(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """gemlite's dense int4 layer, for machines that have it."""
+    from gemlite.helper import A16Wn
+
+    q, scales = int4_numbers(weight)
+    scales = scales.squeeze(-1).to(weight.dtype)
+    maker = A16Wn(device=str(weight.device), dtype=weight.dtype)
+    return maker.from_weights(q, scales, torch.full_like(scales, 8), W_nbits=4, group_size=INT4_GROUP)
+
+
+def int4_prepare(weight: Tensor) -> Prepared:
+    """torch's own dense int4 (tinygemm): packed weight, and [K/128, N, 2] scales and zeros."""
+    q, scales = int4_numbers(weight)
     packed = torch._convert_weight_to_int4pack(q[:, ::2] << 4 | q[:, 1::2], INT4_INNER_TILES)
     both = torch.cat([scales, torch.zeros_like(scales)], -1)  # [N, K/128, 2]
     return packed, both.transpose(0, 1).contiguous().to(torch.bfloat16)
