@@ -20,7 +20,8 @@ FEW_ZEROS = 0.25
 
 
 def check(model: nn.Module, plan: Plan | None = None) -> Report:
-    """Return a table of every linear layer: pattern, sparsity asked and got, finiteness, bytes, backend and why.
+    """Return a table of every linear layer: pattern, sparsity asked and got, finiteness, bytes, bits for each weight of
+    the dense matrix, backend and why.
 
     Args:
         model: packed, masked or dense.
@@ -55,6 +56,7 @@ def check(model: nn.Module, plan: Plan | None = None) -> Report:
             problems.append(f"{name} breaks {asked} in {broken:,} places")
         if mask is not None and bool((weight[~mask.keep.to(weight.device)] != 0).any()):
             problems.append(f"{name} has non-zeros where the plan removes: call sparsekit.apply_(model, plan)")
+        num_bytes = sparse.packed_bytes() if sparse is not None else weight.nbytes
         rows.append(
             {
                 "layer": name,
@@ -64,7 +66,8 @@ def check(model: nn.Module, plan: Plan | None = None) -> Report:
                 "sparsity": round(got, 4),
                 "finite": finite,
                 "dense bytes": weight.nbytes,
-                "bytes": sparse.packed_bytes() if sparse is not None else weight.nbytes,
+                "bytes": num_bytes,
+                "bits a weight": round(8 * num_bytes / max(weight.numel(), 1), 3),
                 "backend": sparse.backend if sparse is not None else "torch",
             }
         )

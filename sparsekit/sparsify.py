@@ -12,6 +12,7 @@ from sparsekit.check import check
 from sparsekit.errors import SparsekitError
 from sparsekit.formats import FORMATS, WeightSpec
 from sparsekit.methods import METHODS, OneShot, method_config
+from sparsekit.methods.grid import is_quantised
 from sparsekit.nn import unwrapped
 from sparsekit.pack import pack_
 from sparsekit.patterns import NM, Pattern, parse_pattern
@@ -86,11 +87,10 @@ def sparsify(
     whole, model = model, unwrapped(model)
     layers = find_targets(model, targets, ignore)
     if backend != "auto" and wanted == NM(2, 4):
-        _refuse_unrunnable(
-            layers, "semi24" if format == "auto" else format, backend
-        )  # now, and not after an hour of pruning
+        # now, and not after an hour of pruning
+        _refuse_unrunnable(layers, "semi24" if format == "auto" else format, backend)
     with restored_on_failure(model) as snapshot:
-        if method is None and _obey(layers, wanted) and not (dataset is not None and _is_quantised(format)):
+        if method is None and _obey(layers, wanted) and not (dataset is not None and is_quantised(format)):
             plan = None
             for name, layer in layers.items():
                 if _has_negative_zero(weight_NK(layer)):  # as `w * mask` leaves them; packed they become +0.0
@@ -160,10 +160,6 @@ def _obey(layers: dict[str, nn.Module], pattern: Pattern) -> bool:
     return isinstance(pattern, NM) and all(
         pattern.count_violations(weight_NK(layer) != 0) == 0 for layer in layers.values()
     )
-
-
-def _is_quantised(format: str) -> bool:
-    return format != "auto" and not FORMATS.get(format).lossless
 
 
 def _has_negative_zero(w_NK: Tensor) -> bool:

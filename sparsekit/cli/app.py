@@ -62,6 +62,9 @@ def prune(
     num_calibration_samples: Annotated[int, typer.Option(help="Samples used, at most.")] = 128,
     max_seq_length: Annotated[int, typer.Option(help="Tokens of a sample, at most.")] = 2048,
     batch_size: Annotated[int, typer.Option(help="Samples at a time.")] = 1,
+    format: Annotated[
+        str, typer.Option(help="Of the packed weights: auto, semi24, semi24_int8, semi24_int4, semi24_fp8 or block.")
+    ] = "auto",
     backend: Backend = "auto",
     seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
     packed: Annotated[
@@ -92,6 +95,7 @@ def prune(
             num_calibration_samples=num_calibration_samples,
             max_seq_length=max_seq_length,
             batch_size=batch_size,
+            format=format,
             backend=backend,
             seed=seed,
             packed=packed,

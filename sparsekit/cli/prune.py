@@ -34,6 +34,7 @@ class PruneOptions:
     num_calibration_samples: int
     max_seq_length: int
     batch_size: int
+    format: str
     backend: str
     seed: int
     packed: bool
@@ -48,6 +49,8 @@ class PruneOptions:
         need_file(self.eval_dataset, "--eval-dataset")
         if self.backend != "auto":
             BACKENDS.get(self.backend)
+        if self.format != "auto":  # a method's config is where format and pattern meet
+            METHODS.get(self.method or "magnitude")(pattern=self.pattern, sparsity=self.sparsity, format=self.format)
         if self.method is not None and METHODS.get(self.method).statistics is not None and self.dataset is None:
             raise ValueError(
                 f"--method {self.method} needs calibration text: pass --dataset FILE, or --method magnitude"
@@ -80,6 +83,7 @@ def run_prune(options: PruneOptions, output: Output) -> None:
         num_calibration_samples=options.num_calibration_samples,
         max_seq_length=options.max_seq_length,
         batch_size=options.batch_size,
+        format=options.format,
         backend=options.backend,
         seed=options.seed,
         progress=output.progress,
@@ -142,7 +146,7 @@ def _short_check(report: Report) -> Report:
     return Report(report.title, list(kinds.values()), report.summary, report.notes, report.ok)
 
 
-_SHOWN = ("shape", "pattern", "sparsity", "finite", "dense bytes", "bytes", "backend")
+_SHOWN = ("shape", "pattern", "sparsity", "finite", "dense bytes", "bytes", "bits a weight", "backend")
 
 
 def _tokenizer_if_any(name: str) -> object | None:

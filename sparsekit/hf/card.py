@@ -27,8 +27,8 @@ form: `sparsekit.save(model, folder, packed=False)` writes one that opens anywhe
 
 ## Size
 
-{num_layers} layers are packed ({patterns}):
-{packed_mb:.1f} MB instead of {dense_mb:.1f} MB dense ({share:.3f} of the bytes).
+{num_layers} layers are packed ({patterns}, as {formats}):
+{packed_mb:.1f} MB instead of {dense_mb:.1f} MB dense ({share:.3f} of the bytes), {bits:.3g} bits for each dense weight.
 """
 
 _DENSE = """\
@@ -67,6 +67,8 @@ def write_card(model: nn.Module, folder: Path, packed: dict[str, SparseLinear]) 
             tripwire=f"{min(packed)}.weight",
             num_layers=len(packed),
             patterns=", ".join(patterns),
+            formats=", ".join(sorted({layer.format for layer in packed.values()})),
+            bits=8 * stored / sum(layer.in_features * layer.out_features for layer in packed.values()),
             packed_mb=stored / 1e6,
             dense_mb=dense / 1e6,
             share=stored / max(dense, 1),

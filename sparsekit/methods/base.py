@@ -70,7 +70,7 @@ class OneShot(ABC):
                 "leave sparsity out, or choose another pattern"
             )
         if self.format is not None:
-            _check_format(self.format, parsed, self.sparsity)
+            _check_format(self.format, parsed)
         object.__setattr__(self, "pattern", str(parsed))
         object.__setattr__(self, "sparsity", float(self.sparsity if fixed is None else fixed))
 
@@ -117,16 +117,13 @@ class OneShot(ABC):
         return cls(**fields)
 
 
-def _check_format(format: str, pattern: Pattern, sparsity: float) -> None:
+def _check_format(format: str, pattern: Pattern) -> None:
     """Raise ValueError unless the format holds whatever the pattern allows.
 
     A format judges weights, not patterns, so it is shown the one whose kept entries crowd along the diagonal.
     """
-    kind = FORMATS.get(format)
-    index = torch.arange(256)
-    closeness = -(index[:, None] - index).abs().float()
-    free = pattern.fixed_sparsity() is None
-    crowded = pattern.project(closeness, sparsity) if free else pattern.project(closeness)
+    kind, index = FORMATS.get(format), torch.arange(256)
+    crowded = pattern.project(-(index[:, None] - index).abs().float())
     if kind.count_violations(crowded.to(kind.dtypes[0]))[0]:
         raise ValueError(
             f"format={format!r} does not hold the pattern {pattern}: leave format out, or take another pattern (2:4 "
