@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that wants an NVIDIA GPU, in one call of under 10 minutes:
-#     bash bench/gpu.sh                     all stages, each with its share of the time
+#     bash bench/gpu.sh                     the main stages, each with its share of the time
 #     bash bench/gpu.sh check               one group of stages; three calls leave each more time:
 #         check     facts, ceilings, probes, correctness, compute-sanitizer, the GPU tests
 #         tune      the tables of kernels/sparsekit_kernels/configs: copy <gpu>-table.json there and commit it
@@ -20,14 +20,14 @@ dry=() stages=()
 for word in "$@"; do
     case "$word" in
         --dry-run) dry=(--dry-run) ;;
-        all) stages+=(probe correct tune decode prefill e2e) ;;
+        all) stages+=(probe correct decode prefill e2e) ;;
         check) stages+=(probe correct sanitize pytest) ;;
         bench) stages+=(decode prefill e2e compile) ;;
         probe | correct | sanitize | pytest | tune | decode | prefill | compile | e2e) stages+=("$word") ;;
         *) echo "unknown: $word" >&2 && exit 2 ;;
     esac
 done
-((${#stages[@]})) || stages=(probe correct tune decode prefill e2e)
+((${#stages[@]})) || stages=(probe correct decode prefill e2e)
 declare -A weight=([probe]=60 [correct]=150 [sanitize]=80 [pytest]=120 [tune]=200 [decode]=130 [prefill]=90 [compile]=90 [e2e]=120)
 
 left_weight=0
@@ -61,11 +61,8 @@ run() {
             fi
             ;;
         pytest)
-            local files=(tests/kernels/test_spmm24.py tests/kernels/test_spmm24_mma.py tests/kernels/test_spmm_block.py
-                tests/kernels/test_compress24.py tests/kernels/test_prefill24.py tests/kernels/test_cusparselt.py
-                tests/backends tests/test_ops.py tests/nn)
-            local found=() parallel=()
-            for file in "${files[@]}"; do [[ -e "$file" ]] && found+=("$file"); done
+            local found parallel=() # the files that do more where there is a GPU
+            mapfile -t found < <(grep -lE "HAS_GPU|cuda.is_available|mark.gpu" -r tests --include="test_*.py" | grep -v bench_gpu)
             "$python" -c "import xdist" 2>/dev/null && parallel=(-n 8)
             ((${#dry[@]})) && parallel=(--collect-only)
             timeout "$share" "$python" -m pytest -q "${parallel[@]}" --tb=short -rf "${found[@]}" 2>&1 | tail -n 25

@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
@@ -313,7 +314,7 @@ def main() -> int:
     if options.compile:
         run_once(map(parsed, options.compile), machine)
         return 0
-    os.environ["SPARSEKIT_TUNING"] = str(machine.out_dir / "tuning")  # beside the rows, and not among those of a user
+    os.environ["SPARSEKIT_TUNING"] = tempfile.mkdtemp()  # a cache of its own, exported after every layer
     first = {(format, c): M for format in options.formats for M in DECODE for c in launches(format, M)}
     jobs = [(format, M, config) for (format, config), M in first.items()]
     say(f"compiling {len(jobs)} launches")
