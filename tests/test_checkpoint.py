@@ -76,6 +76,15 @@ def same_packed(a, b):
     )
 
 
+def parts_of(model):
+    """The packed tensors of every layer, as dtypes and bytes."""
+    return {
+        (name, part): (tensor.dtype, tensor.shape, tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        for name, layer in sparse_layers(model).items()
+        for part, tensor in layer.packed().tensors.items()
+    }
+
+
 def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -105,6 +114,45 @@ class TestRoundTrip:
         assert type(again) is type(model) and not again.training and next(again.parameters()).dtype == dtype
         assert same_packed(again, model) and torch.equal(logits(again), logits(model))
         assert all(layer.is_prepared for layer in sparse_layers(again).values())
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("family", ["llama", "gpt2"])
+    @pytest.mark.parametrize("format", ["semi24_int8", "semi24_int4", "semi24_fp8"])
+    def test_quantised(self, format, family, dtype, tmp_path):
+        """The numbers and scales come back as they were, whatever dtype the model is loaded in."""
+        import transformers as tf
+
+        model = sk.pack_(tiny(family, dtype), format, "reference")
+        parts = parts_of(model)
+        sk.save(model, tmp_path / "a")
+        model.save_pretrained(tmp_path / "b")
+        for again in (
+            sk.load(tmp_path / "a", backend="reference"),
+            sk.load(tmp_path / "b", backend="reference", dtype=dtype),
+        ):
+            assert parts_of(again) == parts and torch.equal(logits(again), logits(model))
+        for wanted in (torch.float32, torch.bfloat16, torch.float16):
+            for folder in (tmp_path / "a", tmp_path / "b"):
+                again = tf.AutoModelForCausalLM.from_pretrained(folder, dtype=wanted)
+                assert parts_of(again) == parts
+                layer = next(iter(sparse_layers(again).values()))
+                assert layer.spec.dtype == layer.to_dense().dtype == again.dtype == wanted
+        bits = {"semi24_int8": 5, "semi24_int4": 3, "semi24_fp8": 5}[format]
+        card = (tmp_path / "a/README.md").read_text()
+        assert f"(2:4, as {format}):" in card
+        said = float(card.split(" bits for each dense weight")[0].rpartition(" ")[2])
+        assert bits < said <= bits + 1  # the scales: 32 bits for rows of 32 and 64, 16 for each row at 4 bits
+
+    @pytest.mark.parametrize("format", ["semi24_int8", "semi24_int4", "semi24_fp8"])
+    def test_a_quantised_module_that_is_no_transformers_model(self, format, tmp_path):
+        def module(seed):
+            torch.manual_seed(seed)
+            return prune24_(nn.Sequential(nn.Linear(20, 36), nn.ReLU(), nn.Linear(36, 8)))
+
+        model = sk.pack_(module(0), format, "reference")
+        sk.save(model, tmp_path / "m")
+        again = sk.load(tmp_path / "m", model=module(1), backend="reference")
+        assert parts_of(again) == parts_of(model)
 
     @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
     def test_dense(self, family, tmp_path):

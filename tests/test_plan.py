@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from sparsekit_kernels.quant import GRIDS
 
 from sparsekit.errors import CheckpointError
 from sparsekit.masks import Mask
@@ -74,6 +75,58 @@ def test_what_an_older_file_lacks_is_empty(tmp_path):
     assert loaded.masks == plan.masks and loaded.notes == plan.notes
     assert loaded.cuts == loaded.perms == loaded.side == {}
     assert (loaded.made_by.num_samples, loaded.made_by.targets, loaded.made_by.seed) == (0, [], 7)
+
+
+def rounded_plan(format="semi24_int4", N=3, K=300):
+    masks = {"proj": Mask("2:4", NM(2, 4).project(torch.rand(N, K, generator=torch.Generator().manual_seed(0))))}
+    grid = GRIDS[format]
+    scales = {"proj": torch.rand(grid.scale_shape(N, K)).add(0.1).to(grid.scale_dtype)}
+    return Plan(masks, MadeBy("sparsegpt", {"pattern": "2:4", "format": format}), scales=scales)
+
+
+@pytest.mark.parametrize("format", list(GRIDS))
+def test_scales_survive_the_file(tmp_path, format):
+    plan = rounded_plan(format)
+    plan.save(tmp_path / "plan")
+    loaded = Plan.load(tmp_path / "plan")
+    assert loaded == plan and loaded.format == format
+    assert loaded.scales["proj"].dtype == GRIDS[format].scale_dtype
+    assert str(loaded) == f"Plan(sparsegpt: 2:4 for {format}, 1 layers, sparsity=0.500)"
+    loaded.scales["proj"] *= 2
+    assert loaded != plan and plan != make_plan()
+    loaded.scales = {}
+    assert loaded != plan
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (lambda plan: plan.scales["proj"].neg_(), "not positive and finite"),
+        (lambda plan: plan.scales["proj"].fill_(float("nan")), "not positive and finite"),
+        (lambda plan: plan.scales.update(proj=plan.scales["proj"][:2].clone()), r"scales of proj are .*\(2, 3\)"),
+        (lambda plan: plan.scales.update(proj=plan.scales["proj"].float()), "scales of proj are torch.float32"),
+        (lambda plan: plan.scales.update(other=plan.scales["proj"].clone()), "scales of other, which has no mask"),
+        (lambda plan: plan.made_by.config.update(format="semi24"), "its format is semi24, not one of"),
+        (lambda plan: plan.made_by.config.clear(), "its format is None"),
+    ],
+    ids=["negative", "nan", "shape", "dtype", "no mask", "lossless", "no format"],
+)
+def test_scales_that_do_not_fit_are_refused(tmp_path, change, message):
+    plan = rounded_plan()
+    change(plan)
+    plan.save(tmp_path / "plan")
+    with pytest.raises(CheckpointError, match=message):
+        Plan.load(tmp_path / "plan")
+
+
+def test_scales_that_the_file_lacks_are_missed(tmp_path):
+    path = tmp_path / "plan"
+    rounded_plan().save(path)
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), {"masks.proj": file.get_tensor("masks.proj")}
+    save_file(tensors, path, metadata=metadata)
+    with pytest.raises(CheckpointError, match="scales.proj"):
+        Plan.load(path)
 
 
 def test_names_that_are_not_near_are_not_offered():

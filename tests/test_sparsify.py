@@ -243,6 +243,85 @@ class TestWarnings:
         assert (weight == 0).float().mean().item() == pytest.approx(0.5, abs=0.01)
 
 
+QUANTISED = ["semi24_int8", "semi24_int4", "semi24_fp8"]
+
+
+def holds_exactly(packed, pruned):
+    """Whether each packed layer is, bit for bit, the dense weight beside it."""
+    layers = sparse_layers(packed)
+    weights = {name: pruned.get_submodule(name).weight for name in layers}
+    return len(layers) == 14 and all(torch.equal(layers[name].to_dense(), weights[name]) for name in layers)
+
+
+class TestQuantisedFormats:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("format", QUANTISED)
+    @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+    def test_packing_changes_nothing_that_the_method_left(self, method, format, dtype):
+        pruned = tiny(dtype=dtype)
+        config = sk.METHODS.get(method)(format=format)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            plan = sk.prune_(pruned, config, dataset=IDS, progress=False)
+        assert plan.format == format and plan.scales.keys() == plan.masks.keys()
+        model = quiet(tiny(dtype=dtype), method=method, format=format, dataset=IDS)
+        assert {layer.format for layer in sparse_layers(model).values()} == {format}
+        assert holds_exactly(model, pruned)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert holds_exactly(sk.pack_(pruned, format, scales=plan.scales), sk.unpack_(model))
+
+    def test_the_config_names_the_format(self):
+        model = quiet(tiny(), method=sk.SparseGPT(format="semi24_int4"), dataset=IDS)
+        assert {layer.format for layer in sparse_layers(model).values()} == {"semi24_int4"}
+        again = quiet(tiny(), method=sk.SparseGPT(), format="semi24_int4", dataset=IDS)
+        assert holds_exactly(again, sk.unpack_(model))
+
+    def test_a_pruned_model_is_only_rounded(self):
+        def pruned():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model = tiny()
+                sk.prune_(model, "sparsegpt", dataset=IDS, progress=False)
+                return model
+
+        before = pruned()
+        to_nearest = quiet(pruned(), format="semi24_int4")
+        by_sparsegpt = quiet(pruned(), format="semi24_int4", dataset=IDS)
+        assert not holds_exactly(to_nearest, sk.unpack_(copy.deepcopy(by_sparsegpt)))
+        for model in (to_nearest, by_sparsegpt):
+            for name, layer in sparse_layers(model).items():
+                assert bool((layer.to_dense()[before.get_submodule(name).weight == 0] == 0).all())
+
+    def test_a_layer_that_no_token_reaches_is_rounded_and_named(self):
+        class Branches(nn.Module):
+            def __init__(self):
+                super().__init__()
+                torch.manual_seed(0)
+                self.used, self.idle = nn.Linear(16, 8), nn.Linear(16, 8)
+
+            def forward(self, x):
+                return self.used(x)
+
+        model = Branches()
+        data = [torch.randn(1, 64, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+        plan = sk.prune_(model, sk.SparseGPT(format="semi24_int8"), dataset=data, progress=False)
+        assert "idle: no calibration token reached it: pruned by magnitude" in plan.notes
+        assert "idle: its weights were rounded to nearest, without compensation" in plan.notes
+        assert plan.scales.keys() == {"used", "idle"}
+        weight = model.idle.weight.detach().clone()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            sk.pack_(model, "semi24_int8", scales=plan.scales)
+        assert torch.equal(model.idle.to_dense(), weight)
+
+    def test_bits_in_the_report(self):
+        report = sk.check(quiet(tiny(), format="semi24_int8", backend="reference"))
+        row = next(row for row in report.rows if row["layer"].endswith("down_proj"))
+        assert row["bits a weight"] == 5 + 32 / 64  # and a scale of 32 bits for the 64 weights of a row
+        assert report.rows[-1]["bits a weight"] == 32
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         "arguments,message",
@@ -255,6 +334,10 @@ class TestRefusals:
             (dict(method=sk.SparseGPT), "SparseGPT itself"),
             (dict(backend="cpuu"), "unknown backend 'cpuu'.*Did you mean 'cpu'"),
             (dict(format="semi42"), "unknown format 'semi42'.*Did you mean 'semi24'"),
+            (dict(format="semi24_int5"), "unknown format 'semi24_int5'.*Did you mean 'semi24_int[48]'"),
+            (dict(format="semi24_int4", pattern="4:8"), "format='semi24_int4' does not hold the pattern 4:8"),
+            (dict(format="semi24", pattern="unstructured"), "does not hold the pattern unstructured"),
+            (dict(format="semi24_int8", method=sk.Magnitude(format="semi24_int4")), "method asks for 'semi24_int4'"),
             (dict(targets="Linaer"), r"targets=\['Linaer'\] matches no layer.*Near 'Linaer': 'Linear'"),
             (dict(targets="re:nothing"), "matches no layer"),
             (dict(targets="re:("), "no regular expression"),

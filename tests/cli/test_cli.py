@@ -53,6 +53,26 @@ def test_prune_says_all_and_saves_packed(tiny_model, text, tmp_path):
     assert len(sparse_layers(model)) == 14 and (out / "tokenizer.json").is_file()
 
 
+def test_prune_to_a_quantised_format(tiny_model, text, tmp_path):
+    words = ["--dataset", text, "--num-calibration-samples", 4, "--max-seq-length", 32, "--backend", "reference"]
+    result = run("prune", tiny_model, tmp_path / "out", *words, "--format", "semi24_int4", "--no-bench", "-q")
+    assert result.exit_code == 0, result.stderr
+    layers = sparse_layers(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    assert len(layers) == 14 and {layer.format for layer in layers.values()} == {"semi24_int4"}
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        (["--format", "semi24_int5"], "unknown format 'semi24_int5'"),
+        (["--format", "semi24_int4", "--pattern", "4:8"], "does not hold the pattern 4:8"),
+    ],
+)
+def test_formats_that_do_not_fit_end_before_the_model_is_loaded(words, message, tmp_path):
+    result = run("prune", tmp_path / "no model", tmp_path / "out", *words, "-q")
+    assert result.exit_code == 2 and message in " ".join(result.stderr.split())
+
+
 def test_prune_dense_opens_anywhere(tiny_model, tmp_path):
     words = ["--method", "magnitude", "--dense", "--no-bench", "--targets", "re:.*mlp", "--ignore", "down_proj", "-q"]
     result = run("prune", tiny_model, tmp_path / "out", *words)
