@@ -28,7 +28,7 @@ for word in "$@"; do
     esac
 done
 ((${#stages[@]})) || stages=(probe correct decode prefill e2e)
-declare -A weight=([probe]=60 [correct]=150 [sanitize]=80 [pytest]=120 [tune]=200 [decode]=130 [prefill]=90 [compile]=90 [e2e]=120)
+declare -A weight=([probe]=90 [correct]=150 [sanitize]=80 [pytest]=120 [tune]=200 [decode]=130 [prefill]=90 [compile]=90 [e2e]=120)
 
 left_weight=0
 for stage in "${stages[@]}"; do ((left_weight += weight[$stage])); done
