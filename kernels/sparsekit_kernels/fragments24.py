@@ -41,6 +41,17 @@ takes it from two lanes of each quad, and its selector F says from which two. Wi
 
 so that one 16-byte load of a lane serves eight instructions: selector 0, then 1, of each word.
 
+Eight bits on m16n8k64. int8 weights times int8 x go through the instruction of 64 columns, which wants of a lane two
+neighbouring groups, t' and t' + 1, where it has the groups t, t + 4, t + 8 and t + 12 of a chunk. The columns of a
+product may be taken in any order, so the instruction's group 8 F + 2 a + b is group 8 F + a + 4 b of the chunk: x is
+read in that order, and
+
+    register 0, 1   row g, g + 8: bytes 0 2, 1 3 of words 0 and 1        2, 3   the same of words 2 and 3
+    metadata        row g in even lanes, g + 8 in odd ones, columns 32 F … 32 F + 31, F = t >> 1: the nibbles of the
+                    quad's lanes 2 F and 2 F + 1 in turn, from their lower or upper halves
+
+a byte permutation a register, and a lane that loads the metadata of both (see `mma_sp_ptx`).
+
 Scales of semi24_int4, int32 [N/16, K/256, 2, 8]: word (b, g) holds the bfloat16 scales of columns 128b .. 128b + 127 of
 the step, row g in the lower and row g + 8 in the upper half. The other formats' scales are by row and stay as they are.
 

@@ -4,7 +4,8 @@ Every piece is for `inline_asm_elementwise(pack=4)`: $0-3 are a lane's four regi
 those of the operands. Layouts are in `fragments24`.
 
 The ways to 16 bits are exact. A group of four dense weights costs a lane 2.75 instructions for int4 (2.25 for fp16 x),
-3.5 (2.5) for int8 and 4.5 for e4m3, or 1.5 where `cvt` knows it.
+3.5 (2.5) for int8 and 4.5 for e4m3, or 1.5 where `cvt` knows it. With int8 x there is no such way to go: 1.1, all told,
+put values and metadata where m16n8k64 wants them.
 """
 
 # mypy: allow-untyped-defs
@@ -13,32 +14,70 @@ import triton
 
 
 @triton.constexpr_function
-def mma_sp(dtype, ordered, word, selector):
-    """PTX: $0-3 = W fragment $4-7 times x fragment $8-11, plus $12-15; the metadata is `word` of $16-19."""
+def mma_sp(dtype, ordered, c):
+    """PTX: $0-3 = W fragment $4-7 times x fragment $8-11, plus $12-15, for the columns number c of a step, 32 or, for
+    s8, 64 of them; the metadata of the step is $16-19."""
     order = "::ordered_metadata" if ordered else ""
+    shape, total = ("m16n8k64", "s32") if dtype == "s8" else ("m16n8k32", "f32")
+    word, selector = (c, 0) if dtype == "s8" else (c // 2, c % 2)
     return (
-        f"mma.sp{order}.sync.aligned.m16n8k32.row.col.f32.{dtype}.{dtype}.f32 "
+        f"mma.sp{order}.sync.aligned.{shape}.row.col.{total}.{dtype}.{dtype}.{total} "
         f"{{$0,$1,$2,$3}}, {{$4,$5,$6,$7}}, {{$8,$9,$10,$11}}, {{$12,$13,$14,$15}}, ${16 + word}, {selector};"
     )
 
 
 @triton.constexpr_function
-def load_x(c, packed, masked):
-    """PTX: $0-3 = the x fragment of the 32 columns number c of a step.
+def mma_sp_operands(dtype):
+    """The kinds of registers of `mma_sp`: sums are int32 for s8 and float32 otherwise."""
+    total = "r" if dtype == "s8" else "f"
+    return ",".join([f"={total}"] * 4 + ["r"] * 8 + [total] * 4 + ["r"] * 4)
 
-    A quad of lanes holds one token, each lane 2 of every 8 columns. $4 is the address of the lane's first two columns
-    of the step; if `masked`, $8 counts the columns of x from there on, and what lies beyond is zero. If `packed`, $4
-    is the address of the lane's 16 bytes of the step's first fragment.
+
+@triton.constexpr_function
+def load_x(dtype, c, packed, masked):
+    """PTX: $0-3 = the x fragment of the columns number c of a step, 32 or, for s8, 64 of them.
+
+    A quad of lanes holds one token, each lane 2 of every 8 columns, or, for s8, one of every four groups. $4 is the
+    address of the lane's first columns of the step; if `masked`, $8 counts the columns of x from there on, and what
+    lies beyond is zero. If `packed`, $4 is the address of the lane's 16 bytes of the step's first fragment.
     """
     if packed:
         load = f"ld.global.nc.v4.b32 {{$0,$1,$2,$3}}, [$4+{512 * c}];"
         zero = " ".join(f"mov.b32 ${r}, 0;" for r in range(4))
         return f"{{ .reg .pred p; setp.gt.s32 p, $8, 0; {zero} @p {load} }}" if masked else load
-    loads = [f"ld.global.nc.b32 ${r}, [$4+{2 * (32 * c + 8 * r)}];" for r in range(4)]
+    columns = [64 * c + 32 * (r // 2) + 8 * (r % 2) if dtype == "s8" else 32 * c + 8 * r for r in range(4)]
+    size = 1 if dtype == "s8" else 2
+    loads = [f"ld.global.nc.b32 ${r}, [$4+{size * columns[r]}];" for r in range(4)]
     if not masked:
         return " ".join(loads)
-    guarded = [f"setp.gt.s32 p, $8, {32 * c + 8 * r}; mov.b32 ${r}, 0; @p {loads[r]}" for r in range(4)]
-    return "{ .reg .pred p; " + " ".join(guarded) + " }"
+    guarded = [f"setp.gt.s32 p, $8, {columns[r]}; mov.b32 ${r}, 0; @p {loads[r]}" for r in range(4)]
+    if dtype == "s8":  # and of the last four columns those that x has; the shift of -1 ends at 32
+        for r in range(4):
+            guarded[r] += f" sub.s32 s, {columns[r] + 4}, $8; max.s32 s, s, 0; shl.b32 s, s, 3; "
+            guarded[r] += f"shr.u32 s, -1, s; and.b32 ${r}, ${r}, s;"
+    return "{ .reg .pred p; .reg .b32 s; " + " ".join(guarded) + " }"
+
+
+@triton.constexpr_function
+def rows_of_8_bits():
+    """PTX: $0-3 = the fragment of m16n8k64 that the chunk $4-7 holds: two groups of row g, of row g + 8, and again."""
+    words = [(4, 5, "0x6420"), (4, 5, "0x7531"), (6, 7, "0x6420"), (6, 7, "0x7531")]
+    return " ".join(f"prmt.b32 ${r}, ${a}, ${b}, {bytes};" for r, (a, b, bytes) in enumerate(words))
+
+
+@triton.constexpr_function
+def metadata_of_8_bits():
+    """PTX: $0-3 = the metadata that m16n8k64 wants of a lane for a step, a word for every 64 columns.
+
+    $4-7 and $8-11 are the metadata of the even and of the odd lane of a pair, groups 0-3 and 4-7 of 32 columns, of two
+    rows each. $12 selects the bytes of the lane's row, 0x5140 or 0x7362: groups 0 1 4 5 2 3 6 7 by nibbles. The second
+    and third nibble of each half then change places, since a lane has groups t and t + 4 side by side.
+    """
+    ptx = "{ .reg .b32 s, u, v; "
+    for j in range(4):
+        ptx += f"prmt.b32 s, ${4 + j}, ${8 + j}, $12; shr.b32 u, s, 4; lop3.b32 u, s, u, 0x00f000f0, 0x28; "
+        ptx += f"shl.b32 v, u, 4; lop3.b32 ${j}, s, u, v, 0x96; "
+    return ptx + "}"
 
 
 @triton.constexpr_function

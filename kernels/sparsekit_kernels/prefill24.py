@@ -32,12 +32,10 @@ from torch import Tensor
 from sparsekit_kernels import cusparselt, tuning
 from sparsekit_kernels.tuning import Candidate, Choice, Standing
 
-Config = Mapping[str, int | str]  # of mma, as its `Config` has it
-
 MODES = ("auto", "dense", "cusparselt")
 MMA_UP_TO = 512  # tokens, where nothing was measured
 
-_choices: dict[tuple[object, ...], Choice] = {}
+_runners: dict[tuple[object, ...], "Runner"] = {}
 
 
 def spmm24_large(
@@ -74,16 +72,17 @@ def spmm24_large(
     M = x.numel() // K if K else 0
     product = x, fragments, metadata, N, bias, format, scales, blob, activation, residual
     if M == 0:  # nothing to choose: the checks and the empty result are its own
-        return _mma(product, {})
+        return _mma(format, {})(product)
     # The number of the device and not the device: hashing that costs more than all the rest.
     device = x.get_device()
     shape = (N, K, tuning.bucket(M), format, x.dtype, device, bias is None, blob is None, mode, activation)
-    choice = _choices.get(shape)
-    if choice is None:
+    run = _runners.get(shape)
+    if run is None:
         choice = _choose(product, M, mode)
+        run = KERNELS[choice.kernel](format, choice.config)
         if choice.lasts:
-            _choices[shape] = choice
-    return KERNELS[choice.kernel](product, choice.config)
+            _runners[shape] = run
+    return run(product)
 
 
 def choice_for(
@@ -164,10 +163,13 @@ def _rule(M: int) -> str:
 _Product = tuple[
     Tensor, Tensor, Tensor, int, Tensor | None, str, Tensor | None, Tensor | None, str | None, Tensor | None
 ]
+Runner = Callable[[_Product], Tensor]
 
 
 def _choose(product: _Product, M: int, mode: str) -> Choice:
     x, _, _, N, _, format, _, blob, _, _ = product
+    if x.dtype == torch.int8:
+        raise ValueError("x is int8: nothing here rounds activations, call spmm24_mma.spmm24_int8 with their x_scales")
     allowed = _allowed(mode, blob is not None)
     if len(allowed) == 1:
         return Choice(allowed[0], {}, "asked")
@@ -179,30 +181,39 @@ def _choose(product: _Product, M: int, mode: str) -> Choice:
 def _candidates(product: _Product, allowed: tuple[str, ...]) -> list[Candidate]:
     """The allowed kernels on this very product, and for the record the dense weight that nobody keeps."""
     resident = functools.partial(_multiply_dense, product, _dense_weight(product))
-    found = [Candidate(name, [functools.partial(KERNELS[name], product, {})]) for name in allowed]
+    found = [Candidate(name, [functools.partial(KERNELS[name](product[5], {}), product)]) for name in allowed]
     return [*found, Candidate("dense", [resident])]
 
 
-def _mma(product: _Product, config: Config) -> Tensor:
-    x, fragments, metadata, N, bias, format, scales, _, activation, residual = product
+def _mma(format: str, config: Mapping[str, int | str]) -> Runner:
     module = _mma_module()
     multiply = getattr(module, "spmm24" + format.removeprefix("semi24"))
-    weight = (fragments, metadata) if scales is None else (fragments, metadata, scales)
     launch = module.Config(**config) if config else None
-    return multiply(x, *weight, N, bias, activation=activation, residual=residual, config=launch)
+
+    def run(product: _Product) -> Tensor:
+        x, fragments, metadata, N, bias, _, scales, _, activation, residual = product
+        weight = (fragments, metadata) if scales is None else (fragments, metadata, scales)
+        y: Tensor = multiply(x, *weight, N, bias, activation=activation, residual=residual, config=launch)
+        return y
+
+    return run
 
 
-def _decompress(product: _Product, config: Config) -> Tensor:
-    return _multiply_dense(product, _dense_weight(product))
+def _decompress(format: str, config: Mapping[str, int | str]) -> Runner:
+    return lambda product: _multiply_dense(product, _dense_weight(product))
 
 
-def _cusparselt(product: _Product, config: Config) -> Tensor:
-    x, _, _, N, bias, _, _, blob, activation, residual = product
-    assert blob is not None
-    return _finish(cusparselt.spmm24(x, blob, N, x.shape[-1], bias), activation, residual)
+def _cusparselt(format: str, config: Mapping[str, int | str]) -> Runner:
+    def run(product: _Product) -> Tensor:
+        x, _, _, N, bias, _, _, blob, activation, residual = product
+        assert blob is not None
+        return _finish(cusparselt.spmm24(x, blob, N, x.shape[-1], bias), activation, residual)
+
+    return run
 
 
-KERNELS: dict[str, Callable[[_Product, Config], Tensor]] = {
+# What a kernel does with a product, for a format and the config of a choice: found once, and not with every call.
+KERNELS: dict[str, Callable[[str, Mapping[str, int | str]], Runner]] = {
     "mma": _mma,
     "decompress": _decompress,
     "cusparselt": _cusparselt,

@@ -29,7 +29,6 @@ Gated. With `activation="silu_mul"` the weight was prepared with `gated`, and y 
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment"
 
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,9 +41,11 @@ from triton.experimental.gluon import language as gl
 from sparsekit_kernels import mma_sp_ptx as ptx
 from sparsekit_kernels.decompress_fragments24 import decompress as decompress
 from sparsekit_kernels.fragments24 import CHUNKS, STEP_K, TILE_N, num_steps, num_tiles
+from sparsekit_kernels.launch import Kernel
 from sparsekit_kernels.target import capability, num_sms, why_not_cuda
 
-DTYPES = {torch.float16: "f16", torch.bfloat16: "bf16"}
+DTYPES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.int8: "s8"}
+MOST_INT8_COLUMNS = (2**31 - 1) // (128 * 128) * 2  # of which a row keeps half
 
 
 @triton.constexpr_function
@@ -61,14 +62,20 @@ def _block(first_tile, step, num_tiles, num_steps):
 
 @gluon.jit
 def _load_metadata(
-    metadata_ptr, scales_ptr, first_tile, step, num_tiles, num_steps, FORMAT: gl.constexpr, ROW_TILES: gl.constexpr
-):
-    """A tuple: for each row tile the metadata of a step, and then, for int4, for each row tile its scales."""
+    metadata_ptr, scales_ptr, first_tile, step, num_tiles, num_steps,
+    FORMAT: gl.constexpr, DTYPE: gl.constexpr, ROW_TILES: gl.constexpr,
+):  # fmt: skip
+    """A tuple: for each row tile the metadata of a step, for int8 x that of the even and of the odd lane of each pair;
+    and then, for int4, for each row tile its scales."""
     i = gl.arange(0, first_tile.shape[0], first_tile.type.layout) % 128
     loaded = ()
     for r in gl.static_range(ROW_TILES):
-        address = metadata_ptr + _block(first_tile + r, step, num_tiles, num_steps) * 128 + i
-        loaded = loaded + (gl.load(address, eviction_policy="evict_first"),)
+        block = metadata_ptr + _block(first_tile + r, step, num_tiles, num_steps) * 128
+        if DTYPE == "s8":
+            even = block + gl.max_contiguous(gl.multiple_of(i - i // 4 % 2 * 4, 4), 4)
+            loaded = loaded + (gl.load(even), gl.load(even + 4))
+        else:
+            loaded = loaded + (gl.load(block + i, eviction_policy="evict_first"),)
     if FORMAT == "semi24_int4":
         for r in gl.static_range(ROW_TILES):
             address = scales_ptr + _block(first_tile + r, step, num_tiles, num_steps) * 16 + i // 16
@@ -101,27 +108,31 @@ def _multiply_columns(
     DTYPE: gl.constexpr, ORDERED: gl.constexpr, ROW_TILES: gl.constexpr,
     PACKED_X: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
-    """`sums` plus the product of the 32 columns number c of a step: for each eight tokens, for each row tile."""
+    """`sums` plus the product of the columns number c of a step: for each eight tokens, for each row tile."""
     new = ()
     for f in gl.static_range(len(x_addresses)):
         x = gl.inline_asm_elementwise(
-            ptx.load_x(c, PACKED_X, MASKED), "=&r,=&r,=&r,=&r,l,l,l,l,r,r,r,r", [x_addresses[f], columns_left],
+            ptx.load_x(DTYPE, c, PACKED_X, MASKED), "=&r,=&r,=&r,=&r,l,l,l,l,r,r,r,r", [x_addresses[f], columns_left],
             dtype=gl.int32, is_pure=True, pack=4,
         )  # fmt: skip
         for r in gl.static_range(ROW_TILES):
             total = gl.inline_asm_elementwise(
-                ptx.mma_sp(DTYPE, ORDERED, c // 2, c % 2), "=f,=f,=f,=f,r,r,r,r,r,r,r,r,f,f,f,f,r,r,r,r",
-                [fragments[r], x, sums[f * ROW_TILES + r], metadata[r]], dtype=gl.float32, is_pure=True, pack=4,
+                ptx.mma_sp(DTYPE, ORDERED, c), ptx.mma_sp_operands(DTYPE),
+                [fragments[r], x, sums[f * ROW_TILES + r], metadata[r]], dtype=sums[0].dtype, is_pure=True, pack=4,
             )  # fmt: skip
             new = new + (total,)
     return new
 
 
 @gluon.jit
-def _to_16_bits(chunk, c: gl.constexpr, FORMAT: gl.constexpr, DTYPE: gl.constexpr, HAS_CVT: gl.constexpr):
-    """The fragment of the 32 columns number c of a step, from the chunk that holds it."""
+def _fragment(chunk, c: gl.constexpr, FORMAT: gl.constexpr, DTYPE: gl.constexpr, HAS_CVT: gl.constexpr):
+    """The fragment of the columns number c of a step, from the chunk that holds it."""
     fragment = chunk
-    if FORMAT == "semi24_int4":
+    if DTYPE == "s8":
+        fragment = gl.inline_asm_elementwise(
+            ptx.rows_of_8_bits(), "=&r,=&r,=&r,=&r,r,r,r,r", [chunk], dtype=gl.int32, is_pure=True, pack=4
+        )
+    elif FORMAT == "semi24_int4":
         fragment = gl.inline_asm_elementwise(
             ptx.from_4_bits(DTYPE, c % 4), "=&r,=&r,=&r,=&r,r,r,r,r", [chunk], dtype=gl.int32, is_pure=True, pack=4
         )
@@ -131,6 +142,21 @@ def _to_16_bits(chunk, c: gl.constexpr, FORMAT: gl.constexpr, DTYPE: gl.constexp
             dtype=gl.int32, is_pure=True, pack=4,
         )  # fmt: skip
     return fragment
+
+
+@gluon.jit
+def _metadata_of_rows(loaded, ROW_TILES: gl.constexpr):
+    """For each row tile the metadata that m16n8k64 wants of a lane, from that of the two lanes of its pair."""
+    i = gl.arange(0, loaded[0].shape[0], loaded[0].type.layout)
+    select = gl.where(i // 4 % 2 == 0, 0x5140, 0x7362)
+    metadata = ()
+    for r in gl.static_range(ROW_TILES):
+        words = gl.inline_asm_elementwise(
+            ptx.metadata_of_8_bits(), "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r",
+            [loaded[2 * r], loaded[2 * r + 1], select], dtype=gl.int32, is_pure=True, pack=4,
+        )  # fmt: skip
+        metadata = metadata + (words,)
+    return metadata
 
 
 @gluon.jit
@@ -158,11 +184,15 @@ def _step(
 
     Takes the first AHEAD chunks and the metadata of its step, and returns the sums and those of `next_step`.
     """
+    UNITS: gl.constexpr = 4 if DTYPE == "s8" else 8  # instructions for the columns of a step
+    STEP_BYTES: gl.constexpr = UNITS * (512 if PACKED_X else 64)  # of x
     addresses = ()
     for f in gl.static_range(len(x_addresses)):
-        addresses = addresses + (x_addresses[f] + step.to(gl.int64) * (4096 if PACKED_X else 512),)
+        addresses = addresses + (x_addresses[f] + step.to(gl.int64) * STEP_BYTES,)
     columns_left = columns_left - step * 256
     next_metadata = metadata
+    if DTYPE == "s8":
+        metadata = _metadata_of_rows(metadata, ROW_TILES)
     for first in gl.static_range(0, NUM_CHUNKS, AHEAD):
         next_chunks = chunks
         if first + AHEAD < NUM_CHUNKS:
@@ -171,16 +201,16 @@ def _step(
             )
         elif not LAST:
             next_metadata = _load_metadata(
-                metadata_ptr, scales_ptr, first_tile, next_step, num_tiles, num_steps, FORMAT, ROW_TILES
+                metadata_ptr, scales_ptr, first_tile, next_step, num_tiles, num_steps, FORMAT, DTYPE, ROW_TILES
             )
             next_chunks = _load_chunks(
                 fragments_ptr, first_tile, next_step, num_tiles, num_steps, 0, AHEAD, NUM_CHUNKS, ROW_TILES
             )
-        for c in gl.static_range(first * 8 // NUM_CHUNKS, (first + AHEAD) * 8 // NUM_CHUNKS):
+        for c in gl.static_range(first * UNITS // NUM_CHUNKS, (first + AHEAD) * UNITS // NUM_CHUNKS):
             fragments = ()
             for r in gl.static_range(ROW_TILES):
-                chunk = chunks[r * AHEAD + c * NUM_CHUNKS // 8 - first]
-                fragments = fragments + (_to_16_bits(chunk, c, FORMAT, DTYPE, HAS_CVT),)
+                chunk = chunks[r * AHEAD + c * NUM_CHUNKS // UNITS - first]
+                fragments = fragments + (_fragment(chunk, c, FORMAT, DTYPE, HAS_CVT),)
             if FORMAT == "semi24_int4":  # each 128 columns have their own sums, until they are scaled
                 if c % 4 == 0:
                     group = ()
@@ -217,9 +247,14 @@ def _add_warps(sums, ROW_TILES: gl.constexpr, WARPS_N: gl.constexpr, WARPS_K: gl
 
 
 @gluon.jit
-def _affine(y, n, in_range, scales_ptr, bias_ptr, HAS_SCALES: gl.constexpr, HAS_BIAS: gl.constexpr):
+def _affine(
+    y, n, in_range, x_scales, scales_ptr, bias_ptr,
+    HAS_SCALES: gl.constexpr, HAS_X_SCALES: gl.constexpr, HAS_BIAS: gl.constexpr,
+):  # fmt: skip
     if HAS_SCALES:
         y *= gl.load(scales_ptr + n, mask=in_range, other=0.0)[None, :]
+    if HAS_X_SCALES:
+        y *= x_scales[:, None]
     if HAS_BIAS:
         y += gl.load(bias_ptr + n, mask=in_range, other=0.0).to(gl.float32)[None, :]
     return y
@@ -227,26 +262,30 @@ def _affine(y, n, in_range, scales_ptr, bias_ptr, HAS_SCALES: gl.constexpr, HAS_
 
 @gluon.jit
 def _finish(
-    tile, first_token, first_row, scales_ptr, bias_ptr, residual_ptr, y_ptr, M, N,
-    HAS_SCALES: gl.constexpr, HAS_BIAS: gl.constexpr, GATED: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
-    LAYOUT: gl.constexpr,
+    tile, first_token, first_row, scales_ptr, x_scales_ptr, bias_ptr, residual_ptr, y_ptr, M, N,
+    HAS_SCALES: gl.constexpr, HAS_X_SCALES: gl.constexpr, HAS_BIAS: gl.constexpr, GATED: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Scales, bias, activation, residual, and the store of a tile [tokens, rows of row tiles]."""
+    tile = tile.to(gl.float32)
     TOKENS: gl.constexpr = tile.shape[0]
     ROWS: gl.constexpr = tile.shape[1] // 2 if GATED else tile.shape[1]
     m = first_token + gl.arange(0, TOKENS, gl.SliceLayout(1, LAYOUT))
     features = N // 2 if GATED else N
     n = (first_row // 2 if GATED else first_row) + gl.arange(0, ROWS, gl.SliceLayout(0, LAYOUT))
+    x_scales = m
+    if HAS_X_SCALES:
+        x_scales = gl.load(x_scales_ptr + m, mask=m < M, other=0.0)
     if GATED:
         PAIRS: gl.constexpr = gl.BlockedLayout([1, 1, 2], [1, 32, 1], [1, LAYOUT.warps_per_cta[1], 1], [2, 1, 0])
         pairs = gl.permute(gl.reshape(tile, (TOKENS, ROWS // 8, 2, 8)), (0, 1, 3, 2))
         gate, up = gl.split(gl.convert_layout(gl.reshape(pairs, (TOKENS, ROWS, 2)), PAIRS))
         gate, up = gl.convert_layout(gate, LAYOUT), gl.convert_layout(up, LAYOUT)
-        gate = _affine(gate, n, n < features, scales_ptr, bias_ptr, HAS_SCALES, HAS_BIAS)
-        up = _affine(up, n + features, n < features, scales_ptr, bias_ptr, HAS_SCALES, HAS_BIAS)
+        gate = _affine(gate, n, n < features, x_scales, scales_ptr, bias_ptr, HAS_SCALES, HAS_X_SCALES, HAS_BIAS)
+        up = _affine(up, n + features, n < features, x_scales, scales_ptr, bias_ptr, HAS_SCALES, HAS_X_SCALES, HAS_BIAS)
         y = gate / (1.0 + gl.exp(-gate)) * up
     else:
-        y = _affine(tile, n, n < features, scales_ptr, bias_ptr, HAS_SCALES, HAS_BIAS)
+        y = _affine(tile, n, n < features, x_scales, scales_ptr, bias_ptr, HAS_SCALES, HAS_X_SCALES, HAS_BIAS)
     place = m.to(gl.int64)[:, None] * features + n[None, :]
     mask = (m < M)[:, None] & (n < features)[None, :]
     if HAS_RESIDUAL:
@@ -257,23 +296,30 @@ def _finish(
 # What a launch does not depend on is not specialised: one kernel for all shapes of a config.
 @gluon.jit(
     do_not_specialize=[
-        "x_ptr", "scales_ptr", "bias_ptr", "residual_ptr", "M", "K", "stride_xm", "num_tiles", "num_steps",
+        "x_ptr", "scales_ptr", "x_scales_ptr", "bias_ptr", "residual_ptr", "M", "K", "stride_xm", "num_tiles",
+        "num_steps",
     ]
 )  # fmt: skip
 def _spmm24_mma_kernel(
-    x_ptr, fragments_ptr, metadata_ptr, scales_ptr, bias_ptr, residual_ptr, out_ptr,
+    x_ptr, fragments_ptr, metadata_ptr, scales_ptr, x_scales_ptr, bias_ptr, residual_ptr, out_ptr,
     M, N, K, stride_xm, num_tiles, num_steps,
     FORMAT: gl.constexpr, DTYPE: gl.constexpr, ORDERED: gl.constexpr, HAS_CVT: gl.constexpr, MASKED: gl.constexpr,
-    HAS_SCALES: gl.constexpr, HAS_BIAS: gl.constexpr, GATED: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
-    NUM_CHUNKS: gl.constexpr, TOKENS: gl.constexpr, ROW_TILES: gl.constexpr, AHEAD: gl.constexpr,
-    WARPS_N: gl.constexpr, WARPS_K: gl.constexpr, SPLIT_K: gl.constexpr, PACKED_X: gl.constexpr,
+    HAS_SCALES: gl.constexpr, HAS_X_SCALES: gl.constexpr, HAS_BIAS: gl.constexpr, GATED: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr, NUM_CHUNKS: gl.constexpr, TOKENS: gl.constexpr, ROW_TILES: gl.constexpr,
+    AHEAD: gl.constexpr, WARPS_N: gl.constexpr, WARPS_K: gl.constexpr, SPLIT_K: gl.constexpr, PACKED_X: gl.constexpr,
 ):  # fmt: skip
-    """With SPLIT_K = 1 out is y [M, features]; otherwise fp32 sums [SPLIT_K, M, num_tiles * 16], nothing applied."""
+    """With SPLIT_K = 1 out is y [M, features]; otherwise sums [SPLIT_K, M, num_tiles * 16], nothing applied: fp32, or
+    int32 for int8 x (DTYPE "s8")."""
     WARPS: gl.constexpr = WARPS_N * WARPS_K
     OPERAND: gl.constexpr = gl.BlockedLayout([4], [32], [WARPS], [0])
     i = gl.arange(0, 128 * WARPS, OPERAND)
+    SUM: gl.constexpr = gl.int32 if DTYPE == "s8" else gl.float32
+    UNITS: gl.constexpr = 4 if DTYPE == "s8" else 8
     token = i // 16 % 8
-    quad_column = i // 4 % 4 * 2
+    if DTYPE == "s8":
+        quad_column = i // 8 % 2 * 4 + i // 4 % 2 * 16
+    else:
+        quad_column = i // 4 % 4 * 2
     block_tile = gl.program_id(1) * (WARPS_N * ROW_TILES)
     first_tile = block_tile + i // 128 % WARPS_N * ROW_TILES
     first_step = gl.program_id(2) * WARPS_K + i // (128 * WARPS_N)
@@ -283,16 +329,18 @@ def _spmm24_mma_kernel(
     sums = ()
     for f in gl.static_range(TOKENS // 8):
         if PACKED_X:
-            fragment = (first_token // 8 + f).to(gl.int64) * num_steps * 1024 + i % 128
+            fragment = (first_token // 8 + f).to(gl.int64) * num_steps * (UNITS * 128) + i % 128
             x_addresses = x_addresses + ((x_ptr + fragment).to(gl.int64, bitcast=True),)
         else:
             m = gl.minimum(first_token + f * 8 + token, M - 1).to(gl.int64)  # the last token again: not stored
             x_addresses = x_addresses + ((x_ptr + m * stride_xm + quad_column).to(gl.int64, bitcast=True),)
         for _ in gl.static_range(ROW_TILES):
-            sums = sums + (gl.zeros((128 * WARPS,), gl.float32, OPERAND),)
+            sums = sums + (gl.zeros((128 * WARPS,), SUM, OPERAND),)
 
     step = first_step
-    metadata = _load_metadata(metadata_ptr, scales_ptr, first_tile, step, num_tiles, num_steps, FORMAT, ROW_TILES)
+    metadata = _load_metadata(
+        metadata_ptr, scales_ptr, first_tile, step, num_tiles, num_steps, FORMAT, DTYPE, ROW_TILES
+    )
     chunks = _load_chunks(fragments_ptr, first_tile, step, num_tiles, num_steps, 0, AHEAD, NUM_CHUNKS, ROW_TILES)
     for _ in range(1, (num_steps + WARPS_K * SPLIT_K - 1) // (WARPS_K * SPLIT_K)):
         next_step = step + WARPS_K * SPLIT_K
@@ -316,8 +364,8 @@ def _spmm24_mma_kernel(
         tile = _add_warps(mine, ROW_TILES, WARPS_N, WARPS_K, TILE)
         if SPLIT_K == 1:
             _finish(
-                tile, first_token + f * 8, block_tile * 16, scales_ptr, bias_ptr, residual_ptr, out_ptr, M, N,
-                HAS_SCALES, HAS_BIAS, GATED, HAS_RESIDUAL, TILE,
+                tile, first_token + f * 8, block_tile * 16, scales_ptr, x_scales_ptr, bias_ptr, residual_ptr, out_ptr,
+                M, N, HAS_SCALES, HAS_X_SCALES, HAS_BIAS, GATED, HAS_RESIDUAL, TILE,
             )  # fmt: skip
         else:
             m = first_token + f * 8 + gl.arange(0, 8, gl.SliceLayout(1, TILE))
@@ -327,23 +375,32 @@ def _spmm24_mma_kernel(
 
 
 @gluon.jit(do_not_specialize=["x_ptr", "M", "K", "stride_xm"])
-def _pack_x_kernel(x_ptr, packed_ptr, M, K, stride_xm):
-    """x as fragments int32 [tokens / 8, steps, 8, 32 lanes, 4], zeros beyond it; a block packs eight tokens' step."""
+def _pack_x_kernel(x_ptr, packed_ptr, M, K, stride_xm, UNITS: gl.constexpr):
+    """x as fragments int32 [tokens / 8, steps, UNITS, 32 lanes, 4], zeros beyond it; a block packs eight tokens' step.
+
+    UNITS, the fragments of a step, are 8, or 4 of int8."""
     OPERAND: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
-    i = gl.arange(0, 1024, OPERAND)
+    i = gl.arange(0, UNITS * 128, OPERAND)
     m = gl.program_id(0) * 8 + i // 16 % 8
-    k = gl.program_id(1) * 256 + i // 128 * 32 + i % 4 * 8 + i // 4 % 4 * 2
+    if UNITS == 4:
+        k = i // 128 * 64 + i % 4 // 2 * 32 + i % 2 * 8 + i // 8 % 2 * 4 + i // 4 % 2 * 16
+    else:
+        k = i // 128 * 32 + i % 4 * 8 + i // 4 % 4 * 2
+    k += gl.program_id(1) * 256
     address = (x_ptr + m.to(gl.int64) * stride_xm + k).to(gl.pointer_type(gl.int32), bitcast=True)
-    pairs = gl.load(address, mask=(m < M) & (k < K), other=0)
+    words = gl.load(address, mask=(m < M) & (k < K), other=0)
+    if UNITS == 4:  # a last word may have bytes beyond the row
+        beyond = 8 * gl.minimum(gl.maximum(k + 4 - K, 0), 3)
+        words = (words.to(gl.uint32, bitcast=True) << beyond >> beyond).to(gl.int32, bitcast=True)
     block = gl.program_id(0).to(gl.int64) * gl.num_programs(1) + gl.program_id(1)
-    gl.store(packed_ptr + block * 1024 + i, pairs)
+    gl.store(packed_ptr + block * (UNITS * 128) + i, words)
 
 
-@gluon.jit(do_not_specialize=["scales_ptr", "bias_ptr", "residual_ptr", "M", "num_tiles"])
+@gluon.jit(do_not_specialize=["scales_ptr", "x_scales_ptr", "bias_ptr", "residual_ptr", "M", "num_tiles"])
 def _add_splits_kernel(
-    sums_ptr, scales_ptr, bias_ptr, residual_ptr, y_ptr, M, N, num_tiles,
-    HAS_SCALES: gl.constexpr, HAS_BIAS: gl.constexpr, GATED: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
-    SPLIT_K: gl.constexpr,
+    sums_ptr, scales_ptr, x_scales_ptr, bias_ptr, residual_ptr, y_ptr, M, N, num_tiles,
+    HAS_SCALES: gl.constexpr, HAS_X_SCALES: gl.constexpr, HAS_BIAS: gl.constexpr, GATED: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr, SPLIT_K: gl.constexpr,
 ):  # fmt: skip
     """y from the sums [SPLIT_K, M, num_tiles * 16] of `_spmm24_mma_kernel`; a block takes 8 tokens and 128 rows."""
     TILE: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [1, 4], [1, 0])
@@ -352,13 +409,13 @@ def _add_splits_kernel(
     row = first_row + gl.arange(0, 128, gl.SliceLayout(0, TILE))
     mask = (m < M)[:, None] & (row < num_tiles * 16)[None, :]
     place = m.to(gl.int64)[:, None] * (num_tiles * 16) + row[None, :]
-    tile = gl.zeros((8, 128), gl.float32, TILE)
+    tile = gl.zeros((8, 128), sums_ptr.dtype.element_ty, TILE)
     for _ in gl.static_range(SPLIT_K):
-        tile += gl.load(sums_ptr + place, mask=mask, other=0.0)
+        tile += gl.load(sums_ptr + place, mask=mask, other=0)
         place += M.to(gl.int64) * (num_tiles * 16)
     _finish(
-        tile, first_token, first_row, scales_ptr, bias_ptr, residual_ptr, y_ptr, M, N,
-        HAS_SCALES, HAS_BIAS, GATED, HAS_RESIDUAL, TILE,
+        tile, first_token, first_row, scales_ptr, x_scales_ptr, bias_ptr, residual_ptr, y_ptr, M, N,
+        HAS_SCALES, HAS_X_SCALES, HAS_BIAS, GATED, HAS_RESIDUAL, TILE,
     )  # fmt: skip
 
 
@@ -478,9 +535,21 @@ def spmm24_fp8(
 def spmm24_int8(
     x: Tensor, fragments: Tensor, metadata: Tensor, scales: Tensor, N: int, bias: Tensor | None = None, *,
     activation: str | None = None, residual: Tensor | None = None, config: Config | None = None,
+    x_scales: Tensor | None = None, out_dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
-    """`spmm24` for int8 weights with `scales` float32 [N] of their rows. They are exact in the dtype of x."""
-    return _spmm24("semi24_int8", x, fragments, metadata, scales, N, bias, activation, residual, config)
+    """`spmm24` for int8 weights with `scales` float32 [N] of their rows. They are exact in the dtype of x.
+
+    int8 x, of `quantize_tokens`, runs on the integer tensor cores, from the same fragments. Sums are exact, and then
+    y = sum * scales[n] * x_scales[m] + bias in float32, activated, plus residual. Rounding activations costs accuracy,
+    so nothing does it unless asked: this is for callers who have checked that their model bears it.
+
+    Args:
+        x_scales: float32 [...] of the rows of int8 x.
+        out_dtype: of the result, bias and residual: with int8 x bf16 (None) or fp16, else the dtype of x.
+    """
+    return _spmm24(
+        "semi24_int8", x, fragments, metadata, scales, N, bias, activation, residual, config, x_scales, out_dtype
+    )
 
 
 def spmm24_int4(
@@ -491,105 +560,119 @@ def spmm24_int4(
     return _spmm24("semi24_int4", x, fragments, metadata, scales, N, bias, activation, residual, config)
 
 
-class _Kernel:
-    """A kernel, its grid and its constants. The first call compiles it; later ones go straight to the driver."""
-
-    def __init__(self, kernel: Any, grid: tuple[int, int, int], constants: dict[str, Any], num_warps: int) -> None:
-        self.kernel, self.grid, self.constants, self.num_warps = kernel, grid, constants, num_warps
-        self.tail = tuple(constants[name] for name in kernel.arg_names if name in constants)
-        self.run: Callable[..., None] | None = None
-
-    def __call__(self, *args: Any) -> None:
-        if self.run is None:
-            compiled = self.kernel[self.grid](*args, **self.constants, num_warps=self.num_warps)
-            self.run = compiled[self.grid]
-        else:
-            self.run(*args, *self.tail)
-
-
 class _Launch:
-    """What a call can know from shapes, dtypes and the device: checks, config and kernels."""
+    """What a call can know from dtypes, the device, the weight, and about how many tokens there are."""
 
     def __init__(
         self, format: str, x: Tensor, fragments: Tensor, metadata: Tensor, scales: Tensor | None, N: int,
         bias: Tensor | None, activation: str | None, residual: Tensor | None, config: Config | None,
+        x_scales: Tensor | None, out_dtype: torch.dtype | None,
     ) -> None:  # fmt: skip
-        _check(format, x, fragments, metadata, scales, N, bias, activation, residual)
+        out = out_dtype or (torch.bfloat16 if x.dtype == torch.int8 else x.dtype)
+        _check(format, x, fragments, metadata, scales, N, bias, activation, residual, x_scales, out)
         gated = activation == "silu_mul"
-        self.N, self.features = N, N // 2 if gated else N
-        self.K = x.shape[-1]
-        self.M = x.numel() // self.K
+        self.N, self.K, self.out_dtype = N, x.shape[-1], out
         self.num_tiles, self.num_steps = metadata.shape[:2]
-        config = config or pick_config(format, self.M, N, self.K, num_sms(x.device))
+        config = config or pick_config(format, x.numel() // self.K, N, self.K, num_sms(x.device))
         applied = {
-            "HAS_SCALES": format in ("semi24_fp8", "semi24_int8"), "HAS_BIAS": bias is not None, "GATED": gated,
-            "HAS_RESIDUAL": residual is not None,
+            "HAS_SCALES": format in ("semi24_fp8", "semi24_int8"), "HAS_X_SCALES": x_scales is not None,
+            "HAS_BIAS": bias is not None, "GATED": gated, "HAS_RESIDUAL": residual is not None,
         }  # fmt: skip
         in_kernel = applied if config.SPLIT_K == 1 else dict.fromkeys(applied, False)
         constants = kernel_constants(format, x.dtype, self.K, config, capability(x.device)) | in_kernel
-        blocks = -(-self.num_tiles // (config.WARPS_N * config.ROW_TILES))
-        grid = (-(-self.M // config.TOKENS), blocks, config.SPLIT_K)
-        self.multiply = _Kernel(_spmm24_mma_kernel, grid, constants, config.WARPS_N * config.WARPS_K)
-        self.split, self.packed = config.SPLIT_K, config.PACKED_X
-        self.token_tiles = -(-self.M // config.TOKENS) * config.TOKENS // 8
-        self.pack_x = _Kernel(_pack_x_kernel, (self.token_tiles, self.num_steps, 1), {}, 4)
-        add_grid = (-(-self.M // 8), -(-self.num_tiles // 8), 1)
-        self.add_splits = _Kernel(_add_splits_kernel, add_grid, {**applied, "SPLIT_K": self.split}, 4)
+        self.multiply = Kernel(_spmm24_mma_kernel, constants, config.WARPS_N * config.WARPS_K)
+        self.blocks = -(-self.num_tiles // (config.WARPS_N * config.ROW_TILES))
+        self.tokens, self.split, self.packed = config.TOKENS, config.SPLIT_K, config.PACKED_X
+        self.word = 4 // x.element_size()  # elements of x that are loaded at once
+        self.units, self.sum_dtype = (4, torch.int32) if x.dtype == torch.int8 else (8, torch.float32)
+        self.pack_x = Kernel(_pack_x_kernel, {"UNITS": self.units}, 4)
+        self.add_splits = Kernel(_add_splits_kernel, {**applied, "SPLIT_K": self.split}, 4)
 
     def __call__(
-        self, x: Tensor, fragments: Tensor, metadata: Tensor, scales: Tensor | None, bias: Tensor | None,
-        residual: Tensor | None, y: Tensor,
+        self, x: Tensor, M: int, fragments: Tensor, metadata: Tensor, scales: Tensor | None, bias: Tensor | None,
+        residual: Tensor | None, x_scales: Tensor | None, y: Tensor,
     ) -> None:  # fmt: skip
-        x, stride = self._rows(x)
+        x, stride = self._rows(x, M)
+        blocks_m = -(-M // self.tokens)
         if self.packed:
-            rows, x = x, x.new_empty(self.token_tiles, self.num_steps, 1024, dtype=torch.int32)
-            self.pack_x(rows, x, self.M, self.K, stride)
-        out = y if self.split == 1 else y.new_empty(self.split, self.M, self.num_tiles * TILE_N, dtype=torch.float32)
+            tiles = blocks_m * self.tokens // 8
+            rows, x = x, x.new_empty(tiles, self.num_steps, self.units * 128, dtype=torch.int32)
+            self.pack_x((tiles, self.num_steps, 1), rows, x, M, self.K, stride)
+        out = y if self.split == 1 else y.new_empty(self.split, M, self.num_tiles * TILE_N, dtype=self.sum_dtype)
         scales = y if scales is None else scales  # a pointer that is not read
+        x_scales = y if x_scales is None else x_scales.contiguous()
         bias = y if bias is None else bias
         residual = y if residual is None else residual.contiguous()
         self.multiply(
-            x, fragments, metadata, scales, bias, residual, out,
-            self.M, self.N, self.K, stride, self.num_tiles, self.num_steps,
+            (blocks_m, self.blocks, self.split),
+            x, fragments, metadata, scales, x_scales, bias, residual, out,
+            M, self.N, self.K, stride, self.num_tiles, self.num_steps,
         )  # fmt: skip
         if self.split > 1:
-            self.add_splits(out, scales, bias, residual, y, self.M, self.N, self.num_tiles)
+            grid = -(-M // 8), -(-self.num_tiles // 8), 1
+            self.add_splits(grid, out, scales, x_scales, bias, residual, y, M, self.N, self.num_tiles)
 
-    def _rows(self, x: Tensor) -> tuple[Tensor, int]:
-        """x as rows that begin at multiples of 4 bytes and may be read to an even number of columns; their stride."""
+    def _rows(self, x: Tensor, M: int) -> tuple[Tensor, int]:
+        """x as rows that begin at multiples of 4 bytes and may be read to a whole number of them; their stride."""
+        K = self.K
         if x.is_contiguous():
-            stride = self.K
+            stride = K
         else:
-            x = x.reshape(self.M, self.K)
+            x = x.reshape(M, K)
             x = x if x.stride(1) == 1 else x.contiguous()
             stride = x.stride(0)
-        if stride % 2 or self.K % 2 or x.data_ptr() % 4:
-            stride = self.K + self.K % 2
-            padded = x.new_zeros(self.M, stride)
-            padded[:, : self.K] = x.reshape(self.M, self.K)
+        missing = -K % self.word  # columns that the last load of a row has more than the row: int8 ones are cut off
+        readable = not missing or x.dtype == torch.int8 and (M - 1) * stride + K + missing <= _bytes_from(x)
+        if stride % self.word or x.data_ptr() % 4 or not readable:
+            stride = K + missing
+            padded = x.new_zeros(M, stride)
+            padded[:, :K] = x.reshape(M, K)
             return padded, stride
-        return x, stride
+        return (x.as_strided((M, K + missing), (stride, 1)) if missing else x), stride
 
+
+def _bytes_from(x: Tensor) -> int:
+    """The bytes of memory from the first element of an int8 x on."""
+    return x.untyped_storage().nbytes() - int(x.storage_offset())
+
+
+MOST_BLOCKS = 512  # of tokens, for which launches may differ: more than any GPU has room for at a time
 
 _launches: dict[tuple[Any, ...], _Launch] = {}
+
+
+def _tokens_like(M: int) -> int:
+    """A number of tokens whose launch, the grid aside, is that of M: `pick_config` gives both the same config."""
+    return 1 << (M - 1).bit_length() if 0 < M <= 64 else 64 * min(-(-M // 64), MOST_BLOCKS)
 
 
 def _spmm24(
     format: str, x: Tensor, fragments: Tensor, metadata: Tensor, scales: Tensor | None, N: int, bias: Tensor | None,
     activation: str | None, residual: Tensor | None, config: Config | None,
+    x_scales: Tensor | None = None, out_dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
     shape = x.shape
+    K = shape[-1]
+    M = x.numel() // K if K else 0
+    y_shape = (*shape[:-1], N if activation is None else N // 2)
+    if residual is not None and residual.shape != y_shape:
+        raise ValueError(f"residual is {tuple(residual.shape)}: expected {y_shape}")
+    if x_scales is not None and x_scales.shape != shape[:-1]:
+        raise ValueError(f"x_scales are {tuple(x_scales.shape)}: expected one for each row of x, {tuple(shape[:-1])}")
     key = (
-        format, shape, x.dtype, x.device, N, fragments.shape, None if bias is None else (bias.shape, bias.dtype),
-        None if residual is None else (residual.shape, residual.dtype), activation, config,
+        format, _tokens_like(M), K, N, x.dtype, x.get_device(), fragments.shape,
+        None if bias is None else (bias.shape, bias.dtype), None if residual is None else residual.dtype,
+        activation, config, None if x_scales is None else x_scales.dtype, out_dtype,
     )  # fmt: skip
     launch = _launches.get(key)
     if launch is None:
-        launch = _launches[key] = _Launch(format, x, fragments, metadata, scales, N, bias, activation, residual, config)
-    y = x.new_empty(*shape[:-1], launch.features)
-    if launch.M and N:
+        launch = _launches[key] = _Launch(
+            format, x, fragments, metadata, scales, N, bias, activation, residual, config, x_scales, out_dtype
+        )
+    y = x.new_empty(y_shape, dtype=launch.out_dtype)
+    if M and N:
         with torch.cuda.device_of(x):
-            launch(x, fragments, metadata, scales, bias, residual, y)
+            launch(x, M, fragments, metadata, scales, bias, residual, x_scales, y)
     return y
 
 
@@ -611,18 +694,31 @@ def kernel_constants(
 
 def _check(
     format: str, x: Tensor, fragments: Tensor, metadata: Tensor, scales: Tensor | None, N: int, bias: Tensor | None,
-    activation: str | None, residual: Tensor | None,
+    activation: str | None, residual: Tensor | None, x_scales: Tensor | None, out_dtype: torch.dtype,
 ) -> None:  # fmt: skip
+    """All but the shapes that depend on the number of tokens."""
     reason = why_not_cuda(x.device)
     if reason is not None:
         raise RuntimeError(f"spmm24 on fragments cannot run here: {reason}")
-    if x.dtype not in DTYPES:
-        raise ValueError(f"x is {x.dtype}: expected {' or '.join(map(str, DTYPES))}, convert it")
+    allowed = [dtype for dtype in DTYPES if dtype != torch.int8 or format == "semi24_int8"]
+    if x.dtype not in allowed:
+        raise ValueError(f"x is {x.dtype}: expected {' or '.join(map(str, allowed))}, convert it")
+    K = x.shape[-1]
+    if x.dtype == torch.int8:
+        if x_scales is None or x_scales.dtype != torch.float32:
+            found = "missing" if x_scales is None else x_scales.dtype
+            raise ValueError(f"x is int8 and x_scales are {found}: pass the float32 ones of quantize_tokens()")
+        if out_dtype not in (torch.bfloat16, torch.float16):
+            raise ValueError(f"out_dtype={out_dtype}: expected torch.bfloat16 or torch.float16")
+        if K > MOST_INT8_COLUMNS:
+            raise ValueError(f"K={K}: int32 holds the sums of at most {MOST_INT8_COLUMNS} columns of int8 x")
+    elif x_scales is not None or out_dtype != x.dtype:
+        raise ValueError(f"x_scales and out_dtype are for int8 x, x is {x.dtype}: leave them out")
     if activation not in (None, "silu_mul"):
         raise ValueError(f"activation={activation!r} is not known: None or 'silu_mul'")
-    gated, K = activation == "silu_mul", x.shape[-1]
     if K == 0:
         raise ValueError("x has no features: [..., K] with K > 0 is needed")
+    gated = activation == "silu_mul"
     T, S = num_tiles(N, gated), num_steps(K)
     expected = {"fragments": (T, S, CHUNKS[format], 32, 4), "metadata": (T, S, 32, 4)}
     for name, tensor in (("fragments", fragments), ("metadata", metadata)):
@@ -633,18 +729,19 @@ def _check(
             )
     if gated and N % 2:
         raise ValueError(f"N={N}: silu_mul needs as many gate as up rows")
-    y_shape = (*x.shape[:-1], N // 2 if gated else N)
     for name, tensor, shape, dtype in (
-        ("bias", bias, (N,), x.dtype),
-        ("residual", residual, y_shape, x.dtype),
+        ("bias", bias, (N,), out_dtype),
         ("scales", scales, (T, S, 2, 8), torch.int32)
         if format == "semi24_int4"
         else ("scales", scales, (N,), torch.float32),
     ):
         if tensor is not None and (tensor.shape != shape or tensor.dtype != dtype):
             raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}: expected {dtype} {shape}")
+    if residual is not None and residual.dtype != out_dtype:
+        raise ValueError(f"residual is {residual.dtype}: expected {out_dtype}")
     for name, tensor in (
-        ("fragments", fragments), ("metadata", metadata), ("bias", bias), ("residual", residual), ("scales", scales)
+        ("fragments", fragments), ("metadata", metadata), ("bias", bias), ("residual", residual), ("scales", scales),
+        ("x_scales", x_scales),
     ):  # fmt: skip
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, x on {x.device}: move one of them")

@@ -1,8 +1,8 @@
 """The fragments of `mma.sp`: exact both ways, and where the PTX ISA wants them.
 
-`mma_sp` below is the instruction m16n8k32 for 16 bits, lane by lane, written from the figures of the PTX ISA ("Matrix
-Fragments for sparse mma.m16n8k32", "Sparse matrix storage"), not from the packer. Masks are random: a layout that is
-wrong can pass with one non-zero at a time.
+`mma_sp` below is the instruction m16n8k32 for 16 bits, lane by lane, and `mma_sp_int8` m16n8k64 for 8 bits, written
+from the figures of the PTX ISA ("Matrix Fragments for sparse mma.m16n8k32", "… m16n8k64", "Sparse matrix storage"), not
+from the packer. Masks are random: a layout that is wrong can pass with one non-zero at a time.
 """
 
 import numpy as np
@@ -149,6 +149,65 @@ def test_the_instruction_computes_the_product(format, gated):
             missing = n >= (N if not gated or n >= 23 else 15)
             want = 0.0 if missing else y[lane % 4 * 2 + i % 2, n]
             assert abs(D[lane, i] - want) < 1e-9 * max(1.0, abs(want)), (lane, i)
+
+
+def mma_sp_int8(a, b, c, metadata):
+    """D [32 lanes, 4] of mma.sp.m16n8k64 for s8: a, b [32 lanes, 16] int8, c [32, 4], metadata [32] uint32."""
+    A, B, D = np.zeros((16, 64), np.int64), np.zeros((64, 8), np.int64), np.zeros((32, 4), np.int64)
+    for lane in range(32):
+        group, thread = lane >> 2, lane % 4
+        for i in range(16):
+            row = group if i < 4 or 8 <= i < 12 else group + 8
+            first_column = thread * 8 + i % 4 // 2 * 4 + (0 if i < 8 else 32)  # of the four that share two elements
+            # Lanes 0 and 1 of a quad have the metadata of columns 0-31, lanes 2 and 3 that of 32-63, even lanes row g
+            # and odd lanes row g + 8, two bits an element.
+            word = int(metadata[group * 4 + first_column // 32 * 2 + row // 8])
+            shift = first_column % 32 // 4 * 4 + i % 2 * 2
+            place = first_column + (word >> shift & 3)
+            assert i % 2 == 0 or word >> shift - 2 & 3 < word >> shift & 3, "indices must ascend"
+            A[row, place] += int(a[lane, i])
+            B[thread * 4 + i % 4 + i // 4 * 16, group] = int(b[lane, i])
+    product = A @ B
+    for lane in range(32):
+        for i in range(4):
+            D[lane, i] = c[lane, i] + product[(lane >> 2) + (8 if i >= 2 else 0), lane % 4 * 2 + i % 2]
+    return D
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_integer_instruction_computes_the_product(gated):
+    """The same words as m16n8k64 takes them, by the section "Eight bits on m16n8k64": exact, on random masks."""
+    torch.manual_seed(2)
+    N, K, tile = 30, 500, 1
+    values, meta = layout24.compress24(random24(N, K))
+    values = torch.randint(-128, 128, values.shape, dtype=torch.int8)
+    fragments, metadata = fragments24.prepare(values, meta, "semi24_int8", gated)
+    chunks = fragments.numpy().view(np.int8).reshape(*fragments.shape[:4], 16)
+    halves = metadata.numpy().view(np.uint16).reshape(*metadata.shape[:2], 32, 4, 2)
+    x = np.zeros((8, fragments24.num_steps(K) * 256), np.int64)
+    x[:, :K] = np.random.default_rng(0).integers(-128, 128, (8, K))
+    D = np.zeros((32, 4), np.int64)
+    for step, unit in np.ndindex(x.shape[1] // 256, 4):
+        a, b, words = np.zeros((32, 16), np.int8), np.zeros((32, 16), np.int64), np.zeros(32, np.uint32)
+        for lane in range(32):
+            t = lane % 4
+            for r in range(4):
+                taken = [8 * (r // 2) + r % 2 + 2 * n for n in range(4)]
+                a[lane, 4 * r : 4 * r + 4] = chunks[tile, step, unit, lane, taken]
+                group = 8 * (r // 2) + 2 * (r % 2) + t // 2 + 4 * (t % 2)
+                start = step * 256 + unit * 64 + group * 4
+                b[lane, 4 * r : 4 * r + 4] = x[lane // 4, start : start + 4]
+            even, odd = (int(halves[tile, step, lane // 2 * 2 + n, unit, t % 2]) for n in range(2))
+            for n in range(4):
+                words[lane] |= (even >> 4 * n & 15 | (odd >> 4 * n & 15) << 4) << 8 * n
+        D = mma_sp_int8(a, b, D, words)
+    y = x[:, :K] @ layout24.decompress24(values, meta, K).numpy().astype(np.int64).T
+    rows = range(16 * tile, 16 * tile + 16) if not gated else [*range(8, 16), *range(23, 31)]
+    for lane in range(32):
+        for i in range(4):
+            n = rows[(lane >> 2) + (8 if i >= 2 else 0)]
+            missing = n >= (N if not gated or n >= 23 else 15)
+            assert D[lane, i] == (0 if missing else y[lane % 4 * 2 + i % 2, n]), (lane, i)
 
 
 def test_scales_of_int4_lie_where_the_rows_are():

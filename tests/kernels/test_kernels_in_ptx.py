@@ -20,6 +20,7 @@ from sparsekit_kernels import (
     layout24,
     layout_block,
     quant,
+    quantize_tokens,
     spmm24,
     spmm24_mma,
     spmm_block,
@@ -217,6 +218,110 @@ def test_decompress(format):
                 *operands[:2], N, K, dtype, format=format, scales=scales, gated=gated
             )
             assert torch.equal(bits(found), bits(w.to(dtype)))
+
+
+# int8 weights times int8 x
+
+
+def assert_multiplies_int8(M, N, K, config, gated=False, plain=False, dtype=torch.bfloat16):
+    """One call, then a second one with other numbers. Without addends the result is exact, and so is its rounding."""
+    (fragments_, metadata, scales), w = fragments("semi24_int8", N, K, torch.float32, gated)
+    q = (w.double() / scales.double()[:, None]).round().to(torch.int64)
+    features = N // 2 if gated else N
+    for _ in range(2):
+        x = torch.randint(-128, 128, (M, K + 7), dtype=torch.int8)[:, :K]  # what lies between its rows is not zero
+        x_scales, options = torch.rand(M) / 64, {"config": config, "out_dtype": dtype}
+        sums = x.to(torch.int64) @ q.T
+        scaled = sums.float() * scales * x_scales[:, None]
+        if plain:
+            y = spmm24_mma.spmm24_int8(x, fragments_, metadata, scales, N, x_scales=x_scales, **options)
+            assert y.dtype == dtype and torch.equal(bits(y), bits(scaled.to(dtype)))
+            continue
+        bias, residual = torch.randn(N).to(dtype), torch.randn(M, features).to(dtype)
+        activation = "silu_mul" if gated else None
+        y = spmm24_mma.spmm24_int8(
+            x, fragments_, metadata, scales, N, bias, activation=activation, residual=residual, x_scales=x_scales,
+            **options,
+        )  # fmt: skip
+        reference = scaled.double() + bias.double()
+        size = reference.abs() + bias.double().abs()
+        if gated:
+            (gate, up), (gate_size, up_size) = (z.split(features, 1) for z in (reference, size))
+            reference, size = F.silu(gate) * up, (gate_size + 4) * (up_size + 1)
+        assert_near(y, reference + residual.double(), size + residual.double().abs())
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (12, 0)])
+def test_int8_x(capability):
+    """From 1 to 70 tokens, odd N and K, x as it lies and packed, with and without split K: bit for bit."""
+    torch.manual_seed(capability[0])
+    few, some, many = (spmm24_mma.CONFIGS["semi24_int8"][tokens] for tokens in (8, 16, 64))
+    with emulated(capability) as counts:
+        for M, N, K in [(1, 37, 300), (3, 33, 2 * 2048 + 263), (8, 7, 33), (11, 130, 1001)]:
+            assert_multiplies_int8(M, N, K, few, plain=True)
+        if capability == (8, 0):
+            assert_multiplies_int8(5, 19, 2302, replace(few, SPLIT_K=2), plain=True)
+            assert_multiplies_int8(23, 70, 270, some, gated=True, dtype=torch.float16)
+        elif capability == (9, 0):
+            assert_multiplies_int8(9, 67, 2049, replace(some, SPLIT_K=2))
+            assert_multiplies_int8(70, 35, 771, many, plain=True)
+        else:
+            assert_multiplies_int8(3, 70, 515, few, gated=True)
+        used = {opcode for opcode in counts if opcode.startswith("mma")}
+    modifier = "::ordered_metadata" if capability >= (10, 0) else ""
+    assert used == {f"mma.sp{modifier}.sync.aligned.m16n8k64.row.col.s32.s8.s8.s32"}
+
+
+def test_the_largest_sums_of_int8():
+    """-128 times -127 in every kept place of a row as long as one may be: no wrap, and the float32 nearest to it."""
+    K = spmm24_mma.MOST_INT8_COLUMNS
+    values = torch.full((2, fragments24.num_steps(K) * 128), -127, dtype=torch.int8)
+    values[:, K // 2 :] = 0
+    meta = torch.full((2, values.shape[1] // 4), 0x44, dtype=torch.uint8)
+    prepared = fragments24.prepare(values, meta, "semi24_int8")
+    x, ones = torch.full((1, K), -128, dtype=torch.int8), torch.ones(2)
+    with emulated((9, 0)):
+        y = spmm24_mma.spmm24_int8(x, *prepared, ones, 2, x_scales=torch.full((1,), 2.0**-16))
+    assert torch.equal(y, torch.full((1, 2), 128 * 127 * (K // 2) / 2**16).bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_quantize_tokens(dtype):
+    torch.manual_seed(0)
+    with emulated((9, 0)):
+        for shape in [(5, 301), (2, 3, 16), (1, 1), (2, 9001), (7,), (0, 5)]:
+            x = (torch.randn(*shape[:-1], shape[-1] + 3) * 3).to(dtype)[..., : shape[-1]]
+            if len(shape) == 2 and shape[0] == 5:
+                x[0], x[1, 3], x[2, 300] = -0.0, torch.nan, -torch.inf
+                x[3] = torch.arange(301) - 150
+                x[3, 0] = 254  # a step of 2: halves everywhere
+                x[3, 4:] -= x[3, 4:] % 2 - 1
+                x[4] = x[4] * 1e-38 if dtype != torch.float16 else x[4] * 1e-5
+            for _ in range(2):
+                q, scales = quantize_tokens.quantize_tokens(x)
+                largest = x.float().abs().amax(-1) if x.numel() else x.new_empty(x.shape[:-1]).float()
+                expected = torch.where(largest == 0, 1.0, largest / 127)
+                assert torch.equal(scales.nan_to_num(7.0, 8.0), expected.nan_to_num(7.0, 8.0))
+                finite = torch.where(expected.isfinite()[..., None], x.float() / expected[..., None], 0.0)
+                assert q.shape == x.shape and q.dtype == torch.int8
+                assert torch.equal(q, finite.round().clamp(-127, 127).to(torch.int8))
+                memory = q.as_strided((scales.numel(), -(-shape[-1] // 16) * 16), (-(-shape[-1] // 16) * 16, 1))
+                assert not memory[:, shape[-1] :].any(), "zeros behind the rows"
+
+
+@pytest.mark.parametrize("K", [301, 512])
+def test_a_token_that_is_not_a_number_is_seen(K):
+    """Quantised and multiplied: such rows are NaN, a row of zeros is the bias, others are near the float product."""
+    torch.manual_seed(0)
+    with emulated((9, 0)):
+        (values, metadata, scales), w = fragments("semi24_int8", 20, K, torch.float32)
+        x, bias = torch.randn(5, K).bfloat16(), torch.randn(20).bfloat16()
+        x[0], x[1, 7], x[2, K - 1] = 0, torch.nan, torch.inf
+        q, x_scales = quantize_tokens.quantize_tokens(x)
+        y = spmm24_mma.spmm24_int8(q, values, metadata, scales, 20, bias, x_scales=x_scales)
+    assert y[1:3].isnan().all() and torch.equal(y[0], bias)
+    reference = x[3:].double() @ w.double().T + bias.double()
+    assert (y[3:].double() - reference).norm() < 0.02 * reference.norm()
 
 
 @pytest.mark.parametrize("order", ["reverse", "random"])

@@ -81,7 +81,7 @@ def gpu(monkeypatch, tmp_path):
         spmm24=spmm24, spmm24_int8=spmm24_int8, decompress=decompress, Config=lambda **config: config
     )
     monkeypatch.setattr(prefill24, "_mma_module", lambda: module)
-    monkeypatch.setattr(prefill24, "_choices", {})
+    monkeypatch.setattr(prefill24, "_runners", {})
     monkeypatch.setattr(cusparselt, "spmm24", multiply_blob)
     monkeypatch.setattr(tuning, "may_ever_measure", lambda device: not tuning.is_switched_off())
     monkeypatch.setattr(tuning, "may_measure", lambda device: tuning.may_ever_measure(device) and not state.capturing)
@@ -104,7 +104,7 @@ def call(gpu, M=100, blob=False, **options):
 
 
 def new_process(monkeypatch):
-    monkeypatch.setattr(prefill24, "_choices", {})
+    monkeypatch.setattr(prefill24, "_runners", {})
 
 
 class TestTheFastest:
@@ -147,7 +147,8 @@ class TestTheFastest:
     def test_configs_of_a_table_reach_the_kernel(self, gpu):
         row = {"mma": Measured(1.0, {"TOKENS": 64}), "decompress": Measured(2.0)}
         tuning.store(Key("semi24", "bfloat16", N, K, 128), row, CUDA)
-        assert call(gpu) == ["mma"] and gpu.configs == [{"TOKENS": 64}]
+        assert call(gpu) == ["mma"] and call(gpu, M=120) == ["mma"] and gpu.configs == [{"TOKENS": 64}] * 2
+        assert gpu.configs[0] is gpu.configs[1], "made once for a choice"
 
     def test_formats_have_rows_of_their_own(self, gpu):
         call(gpu)
@@ -173,7 +174,7 @@ class TestWhereNothingMayBeMeasured:
 
     def test_switched_off_the_rule_is_remembered(self, gpu, monkeypatch, tmp_path):
         monkeypatch.setenv("SPARSEKIT_TUNING", "off")
-        assert call(gpu) == ["mma"] and len(prefill24._choices) == 1
+        assert call(gpu) == ["mma"] and len(prefill24._runners) == 1
         assert not (tmp_path / "cache").exists()
 
     def test_a_corrupted_cache_is_measured_again(self, gpu, monkeypatch, tmp_path):
@@ -235,13 +236,15 @@ def test_the_imitations_are_called_as_the_kernels_want_to_be(gpu):
 
 
 def test_wrong_arguments(gpu):
+    with pytest.raises(ValueError, match="x is int8: nothing here rounds activations, call spmm24_mma.spmm24_int8"):
+        spmm24_large(torch.zeros(3, K, dtype=torch.int8), gpu.fragments, gpu.metadata, N, scales=gpu.scales)
     with pytest.raises(ValueError, match="mode='fast' is not known: use one of 'auto', 'dense', 'cusparselt'"):
         call(gpu, mode="fast")
     with pytest.raises(ValueError, match="pass blob, from cusparselt.prepare"):
         call(gpu, mode="cusparselt")
 
 
-def test_choices_in_words(gpu):
+def test_runners_in_words(gpu):
     asked = (N, K, DTYPE, CUDA)
     assert str(choice_for(100, *asked)) == "mma (a rule of thumb: not measured)" and gpu.ran == []
     assert choice_for(1000, *asked, has_blob=True).kernel == "decompress"
@@ -289,7 +292,8 @@ def test_a_known_choice_costs_less_than_a_microsecond(gpu, monkeypatch):
     x = torch.randn(128, K).to(DTYPE)
     arguments = (x, gpu.fragments, gpu.metadata, N)
     call(gpu, M=128)
-    monkeypatch.setitem(prefill24.KERNELS, "decompress", lambda product, config: x)
+    (known,) = prefill24._runners
+    monkeypatch.setitem(prefill24._runners, known, lambda product: x)
 
     def best(function):
         return min(timeit.repeat(function, number=500, repeat=9)) / 500
@@ -308,7 +312,7 @@ class TestOnAGpu:
     @pytest.mark.parametrize("M", [65, 300, 2048])
     def test_every_mode_matches_dense(self, M, mode, dtype, monkeypatch, tmp_path):
         monkeypatch.setenv("SPARSEKIT_TUNING", str(tmp_path))
-        monkeypatch.setattr(prefill24, "_choices", {})
+        monkeypatch.setattr(prefill24, "_runners", {})
         torch.manual_seed(0)
         w, x = weight24(1024, 4096, dtype, "cuda"), torch.randn(M, 4096, device="cuda").to(dtype)
         bias = torch.randn(1024, device="cuda").to(dtype)

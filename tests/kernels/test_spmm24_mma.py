@@ -15,13 +15,19 @@ import torch
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
-from sparsekit_kernels import decompress_fragments24, fragments24, spmm24_mma, target  # noqa: E402
+from sparsekit_kernels import (  # noqa: E402
+    decompress_fragments24,
+    fragments24,
+    quantize_tokens,
+    spmm24_mma,
+    target,
+)
 from sparsekit_kernels.spmm24_mma import CONFIGS, Config, candidates, pick_config  # noqa: E402
 
 # Shared memory that one block may have, in KiB, by compute capability.
 SHARED_KIB = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-NAMES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+NAMES = {"bf16": torch.bfloat16, "fp16": torch.float16, "i8": torch.int8}
 
 # Instructions of the loop for a group of four dense weights, by the most tokens a launch serves: at most these, on any
 # generation. To read its weight at 4.3 TB/s an H200 may spend 35, 19.4, 19.4 and 12.2 issue slots on a group.
@@ -31,6 +37,7 @@ BUDGET = {
     "semi24_int8": {2: 6.9, 8: 6.2, 16: 6.2, 32: 6.8, 64: 8.3},
     "semi24_int4": {8: 6.1, 16: 6.1, 32: 7.3, 64: 11.0},
 }
+INT8_X_BUDGET = {2: 3.1, 8: 2.4, 16: 2.5, 32: 2.9, 64: 3.8}
 FP8_BUDGET_WITH_CVT = {2: 4.6, 8: 3.9, 16: 3.9, 32: 4.3, 64: 5.8}  # fp16 x from sm_89 on: e4m3 in one instruction
 ISSUE_SLOTS = {"semi24": 35.0, "semi24_fp8": 19.4, "semi24_int8": 19.4, "semi24_int4": 12.2}
 
@@ -68,16 +75,18 @@ def compile_kernel(kernel, pointers, constants, capability, num_warps, aligned=(
 
 @functools.cache
 def compile_for(capability, format, dtype, config, K=8192, bias=True, gated=False, residual=False):
-    """The kernel that multiplies, for weights of `format` and x of `dtype`, "bf16" or "fp16"."""
-    split = config.SPLIT_K > 1
+    """The kernel that multiplies, for weights of `format` and x of `dtype`, "bf16", "fp16" or "i8"."""
+    split, int8_x = config.SPLIT_K > 1, dtype == "i8"
+    other = "bf16" if int8_x else dtype
     pointers = {
         "x_ptr": "*i32" if config.PACKED_X else f"*{dtype}", "fragments_ptr": "*i32", "metadata_ptr": "*i32",
-        "scales_ptr": "*i32" if format == "semi24_int4" else "*fp32", "bias_ptr": f"*{dtype}",
-        "residual_ptr": f"*{dtype}", "out_ptr": "*fp32" if split else f"*{dtype}",
+        "scales_ptr": "*i32" if format == "semi24_int4" else "*fp32", "x_scales_ptr": "*fp32",
+        "bias_ptr": f"*{other}", "residual_ptr": f"*{other}",
+        "out_ptr": f"*{other}" if not split else "*i32" if int8_x else "*fp32",
     }  # fmt: skip
     constants = spmm24_mma.kernel_constants(format, NAMES[dtype], K, config, divmod(capability, 10)) | {
-        "HAS_SCALES": format in ("semi24_fp8", "semi24_int8") and not split, "HAS_BIAS": bias and not split,
-        "GATED": gated and not split, "HAS_RESIDUAL": residual and not split,
+        "HAS_SCALES": format in ("semi24_fp8", "semi24_int8") and not split, "HAS_X_SCALES": int8_x and not split,
+        "HAS_BIAS": bias and not split, "GATED": gated and not split, "HAS_RESIDUAL": residual and not split,
     }  # fmt: skip
     aligned = ("fragments_ptr", "metadata_ptr", "out_ptr", "N")
     warps = config.WARPS_N * config.WARPS_K
@@ -129,6 +138,8 @@ def launches():
             for m, tokens in enumerate(CONFIGS[format]):
                 yield capability, format, ("bf16", "fp16")[(n // 2 + m) % 2], tokens
         yield capability, ("semi24_int8", "semi24_fp8")[n % 2], ("fp16", "bf16")[n // 2 % 2], 8
+        for tokens in CONFIGS["semi24_int8"]:
+            yield capability, "semi24_int8", "i8", tokens
 
 
 @compiles
@@ -140,18 +151,21 @@ def test_every_launch_compiles(capability, format, dtype, tokens, tmp_path):
     instructions = loop_of(code)
     loop = [opcode(instruction) for instruction in instructions]
 
-    rows, fragments = config.ROW_TILES, config.TOKENS // 8
-    kind = "F16" if dtype == "fp16" else "BF16"
+    rows, fragments, int8_x = config.ROW_TILES, config.TOKENS // 8, dtype == "i8"
+    units = 4 if int8_x else 8  # instructions for the columns of a step
     mma = [name for name in loop if "MMA.SP" in name]
-    assert len(mma) == 8 * rows * fragments
-    assert all(re.match(r"HMMA\.SP\.16832\.F32" + (r"\.BF16" if kind == "BF16" else r"\b"), name) for name in mma), mma
+    assert len(mma) == units * rows * fragments
+    instruction = {
+        "fp16": r"HMMA\.SP\.16832\.F32$", "bf16": r"HMMA\.SP\.16832\.F32\.BF16$", "i8": r"IMMA\.SP\.16864\.S8\.S8$"
+    }  # fmt: skip
+    assert all(re.match(instruction[dtype], name) for name in mma), mma
 
-    # W and its metadata come 16 bytes a lane, once, and so does x where it is packed.
+    # W and its metadata come 16 bytes a lane, once (for int8 x the metadata of two lanes), and so does packed x.
     wide = sum(name.startswith("LDG") and ".128" in name for name in loop)
-    assert wide == rows * (fragments24.CHUNKS[format] + 1) + (8 * fragments if config.PACKED_X else 0)
+    assert wide == rows * (fragments24.CHUNKS[format] + 1 + int8_x) + (units * fragments if config.PACKED_X else 0)
     narrow = sum(name.startswith("LDG") and ".128" not in name for name in loop)
     scales = 2 * rows if format == "semi24_int4" else 0
-    assert narrow == scales + (0 if config.PACKED_X else 32 * fragments)
+    assert narrow == scales + (0 if config.PACKED_X else 4 * units * fragments)
 
     assert loads_under_way(instructions) >= (4 if tokens < 64 else 3), loads_under_way(instructions)
 
@@ -159,7 +173,7 @@ def test_every_launch_compiles(capability, format, dtype, tokens, tmp_path):
     assert not [name for name in loop if re.match(r"(STS|LDS|LDSM|BAR|ATOM|RED|SHFL|WARPSYNC)\b", name)]
     assert "convert_layout" not in loop_in_ttgir(kernel)
 
-    budget = BUDGET[format][tokens]
+    budget = INT8_X_BUDGET[tokens] if int8_x else BUDGET[format][tokens]
     if format == "semi24_fp8" and dtype == "fp16" and capability >= 89:
         budget = FP8_BUDGET_WITH_CVT[tokens]
     if (capability, dtype) == (89, "fp16"):
@@ -213,9 +227,17 @@ def test_every_epilogue_compiles(capability, tmp_path):
     assert_fits(kernel, capability, tmp_path)
     split = replace(plain, SPLIT_K=4)
     assert_fits(compile_for(capability, "semi24", "fp16", split, K=1000), capability, tmp_path)
-    flags = {"HAS_SCALES": True, "HAS_BIAS": True, "GATED": not gated, "HAS_RESIDUAL": True, "SPLIT_K": 4}
+    int8_x = turn % 2 == 0
+    if int8_x:
+        kernel = compile_for(capability, "semi24_int8", "i8", split, K=1001, gated=gated, residual=residual)
+        assert_fits(kernel, capability, tmp_path)
+    flags = {
+        "HAS_SCALES": True, "HAS_X_SCALES": int8_x, "HAS_BIAS": True, "GATED": not gated, "HAS_RESIDUAL": True,
+        "SPLIT_K": 4,
+    }  # fmt: skip
     outside = dict.fromkeys(("bias_ptr", "residual_ptr", "y_ptr"), "*bf16")
-    pointers = {"sums_ptr": "*fp32", "scales_ptr": "*fp32"} | outside
+    sums = {"sums_ptr": "*i32" if int8_x else "*fp32"}
+    pointers = sums | {"scales_ptr": "*fp32", "x_scales_ptr": "*fp32"} | outside
     code = assert_fits(
         compile_kernel(spmm24_mma._add_splits_kernel, pointers, flags, capability, 4), capability, tmp_path
     )
@@ -225,11 +247,14 @@ def test_every_epilogue_compiles(capability, tmp_path):
 @compiles
 @pytest.mark.parametrize("capability", SHARED_KIB)
 def test_packing_and_decompressing_compile(capability, tmp_path):
-    kernel = compile_kernel(
-        spmm24_mma._pack_x_kernel, {"x_ptr": "*bf16", "packed_ptr": "*i32"}, {}, capability, 4, ("packed_ptr",)
-    )
-    assert any("STG.E.128" in instruction for _, instruction in assert_fits(kernel, capability, tmp_path))
     turn = list(SHARED_KIB).index(capability) % 2
+    for units, x in ((8, "*bf16"), (4, "*i8"))[turn:]:
+        pointers = {"x_ptr": x, "packed_ptr": "*i32"}
+        kernel = compile_kernel(spmm24_mma._pack_x_kernel, pointers, {"UNITS": units}, capability, 4, ("packed_ptr",))
+        assert any("STG.E.128" in instruction for _, instruction in assert_fits(kernel, capability, tmp_path))
+    pointers = {"x_ptr": "*bf16", "q_ptr": "*i8", "scales_ptr": "*fp32"}
+    kernel = compile_kernel(quantize_tokens._quantize_tokens_kernel, pointers, {"BLOCK": 4096}, capability, 8)
+    assert_fits(kernel, capability, tmp_path)
     for format in ("semi24", "semi24_int4") if turn else ("semi24_fp8", "semi24_int8"):
         pointers = {
             "fragments_ptr": "*i32", "metadata_ptr": "*i32", "w_ptr": "*bf16",
@@ -243,7 +268,7 @@ def test_packing_and_decompressing_compile(capability, tmp_path):
 
 def test_budgets_leave_room():
     """The weight is read at the speed of memory: the budgets are below the issue slots that an H200 has meanwhile."""
-    for format, budget in BUDGET.items():
+    for format, budget in [*BUDGET.items(), ("semi24_int8", INT8_X_BUDGET)]:
         assert list(budget) == list(CONFIGS[format]) and max(budget.values()) < ISSUE_SLOTS[format]
 
 
@@ -289,6 +314,57 @@ def operands(N=32, K=512, format="semi24"):
 def test_without_a_gpu_it_says_so():
     with pytest.raises(RuntimeError, match="needs an NVIDIA GPU, the tensor is on cpu"):
         spmm24_mma.spmm24(torch.zeros(1, 512, dtype=torch.bfloat16), *operands(), 32)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(x_scales=None), "x is int8 and x_scales are missing: pass the float32 ones of quantize_tokens"),
+        (dict(x_scales=torch.ones(2).half()), "x_scales are torch.float16"),
+        (dict(x_scales=torch.ones(3)), r"x_scales are \(3,\): expected one for each row of x, \(2,\)"),
+        (dict(out_dtype=torch.float32), "out_dtype=torch.float32: expected torch.bfloat16 or torch.float16"),
+        (dict(x=torch.zeros(2, 512).half()), "are for int8 x, x is torch.float16: leave them out"),
+        (dict(x=torch.zeros(2, 262143, dtype=torch.int8)), "int32 holds the sums of at most 262142 columns"),
+        (dict(bias=torch.zeros(32).half()), "bias is torch.float16"),
+        (dict(residual=torch.zeros(2, 32)), "residual is torch.float32"),
+        (dict(residual=torch.zeros(1, 32).bfloat16()), r"residual is \(1, 32\): expected \(2, 32\)"),
+    ],
+)
+def test_bad_input_with_int8_x(change, message, monkeypatch):
+    monkeypatch.setattr(spmm24_mma, "why_not_cuda", lambda device: None)
+    monkeypatch.setattr(spmm24_mma, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(spmm24_mma, "num_sms", lambda device: 132)
+    fragments, metadata = operands(format="semi24_int8")
+    x = torch.zeros(2, 512, dtype=torch.int8)
+    arguments = (
+        dict(x=x, fragments=fragments, metadata=metadata, scales=torch.ones(32), N=32, x_scales=torch.ones(2)) | change
+    )
+    with pytest.raises(ValueError, match=message):
+        spmm24_mma.spmm24_int8(**arguments)
+    if not change.keys() & {"x_scales", "out_dtype"}:
+        with pytest.raises(ValueError, match="x is torch.int8: expected torch.float16 or torch.bfloat16"):
+            spmm24_mma.spmm24(x, *operands(), 32)
+
+
+@pytest.mark.parametrize("x", [torch.zeros(2, 3, dtype=torch.int8), torch.zeros(2, 0), torch.tensor(1.0)])
+def test_what_cannot_be_quantised(x, monkeypatch):
+    with pytest.raises(RuntimeError, match="quantize_tokens cannot run here: needs an NVIDIA GPU"):
+        quantize_tokens.quantize_tokens(x)
+    monkeypatch.setattr(quantize_tokens, "why_not", lambda device: None)
+    with pytest.raises(ValueError, match="x is (torch.int8: expected|.*no features)"):
+        quantize_tokens.quantize_tokens(x)
+
+
+def test_launches_are_bounded():
+    """Ever new numbers of tokens share launches, whose config is that of `pick_config` for each of them."""
+    numbers = [*range(1, 3000), *range(3000, 200_000, 777), 10**6]
+    kinds = {spmm24_mma._tokens_like(M) for M in numbers}
+    assert len(kinds) <= 7 + spmm24_mma.MOST_BLOCKS and 0 not in kinds and spmm24_mma._tokens_like(0) == 0
+    for format in ("semi24", "semi24_int4"):
+        for N, K in [(16, 256), (512, 14336), (28672, 4096)]:
+            for M in numbers[:300] + numbers[::97]:
+                like = spmm24_mma._tokens_like(M)
+                assert pick_config(format, M, N, K, 200) == pick_config(format, like, N, K, 200)
 
 
 @pytest.mark.parametrize(
