@@ -571,7 +571,7 @@ class _Launch:
         out = out_dtype or (torch.bfloat16 if x.dtype == torch.int8 else x.dtype)
         _check(format, x, fragments, metadata, scales, N, bias, activation, residual, x_scales, out)
         gated = activation == "silu_mul"
-        self.N, self.K, self.out_dtype = N, x.shape[-1], out
+        self.N, self.K, self.out_dtype, self.like_x = N, x.shape[-1], out, out == x.dtype
         self.num_tiles, self.num_steps = metadata.shape[:2]
         config = config or pick_config(format, x.numel() // self.K, N, self.K, num_sms(x.device))
         applied = {
@@ -654,13 +654,14 @@ def _spmm24(
     shape = x.shape
     K = shape[-1]
     M = x.numel() // K if K else 0
+    device = x.get_device()
     y_shape = (*shape[:-1], N if activation is None else N // 2)
     if residual is not None and residual.shape != y_shape:
         raise ValueError(f"residual is {tuple(residual.shape)}: expected {y_shape}")
     if x_scales is not None and x_scales.shape != shape[:-1]:
         raise ValueError(f"x_scales are {tuple(x_scales.shape)}: expected one for each row of x, {tuple(shape[:-1])}")
     key = (
-        format, _tokens_like(M), K, N, x.dtype, x.get_device(), fragments.shape,
+        format, _tokens_like(M), K, N, x.dtype, device, fragments.numel(),
         None if bias is None else (bias.shape, bias.dtype), None if residual is None else residual.dtype,
         activation, config, None if x_scales is None else x_scales.dtype, out_dtype,
     )  # fmt: skip
@@ -669,10 +670,14 @@ def _spmm24(
         launch = _launches[key] = _Launch(
             format, x, fragments, metadata, scales, N, bias, activation, residual, config, x_scales, out_dtype
         )
-    y = x.new_empty(y_shape, dtype=launch.out_dtype)
+    # To name a dtype, or to enter a device that is the current one, takes the host as long as all of the above.
+    y = x.new_empty(*y_shape) if launch.like_x else x.new_empty(y_shape, dtype=launch.out_dtype)
     if M and N:
-        with torch.cuda.device_of(x):
+        if device < 0 or device == torch.cuda.current_device():
             launch(x, M, fragments, metadata, scales, bias, residual, x_scales, y)
+        else:
+            with torch.cuda.device(device):
+                launch(x, M, fragments, metadata, scales, bias, residual, x_scales, y)
     return y
 
 
