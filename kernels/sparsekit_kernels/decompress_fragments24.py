@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsekit_kernels.fragments24 import CHUNKS, num_steps, num_tiles
+from sparsekit_kernels.fragments24 import CHUNKS, check_fragments, check_scales, num_steps, num_tiles
 from sparsekit_kernels.target import INTERPRETED, why_not
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -95,12 +95,12 @@ def decompress(
     """Return the dense weight [N, K] in `dtype`, rows in their own order (gate before up, if `gated`).
 
     Args:
-        fragments, metadata: of `fragments24.prepare`.
+        fragments, metadata: of `fragments24.prepare`, contiguous as it returns them.
         dtype: bf16 or fp16; for semi24 the dtype of the values.
         scales: None for semi24, of `fragments24.prepare_scales` for semi24_int4, float32 [N] otherwise.
         out: scratch [N, K] to write to, of `dtype` and contiguous.
     Raises:
-        ValueError: the tensors are not such a weight.
+        ValueError: the tensors are not such a weight. They know K in steps of 256 only: the caller vouches for it.
         RuntimeError: Triton cannot run on their device; the message says why.
     """
     reason = why_not(fragments.device)
@@ -108,21 +108,21 @@ def decompress(
         raise RuntimeError(f"decompress cannot run here: {reason}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype}: expected {' or '.join(map(str, DTYPES))}")
-    T, S = num_tiles(N, gated), num_steps(K)
-    if fragments.shape != (T, S, CHUNKS[format], 32, 4) or metadata.shape != (T, S, 32, 4):
-        found = f"fragments {tuple(fragments.shape)} and metadata {tuple(metadata.shape)}"
-        shapes = f"[{T}, {S}, {CHUNKS[format]}, 32, 4] and [{T}, {S}, 32, 4]"
-        raise ValueError(f"{found} are not W [{N}, {K}] in {format}: expected {shapes}")
-    if (scales is None) != (format == "semi24"):
-        raise ValueError(f"{format} {'has no' if format == 'semi24' else 'needs'} scales")
+    check_fragments(fragments, metadata, format, N, K, gated)
+    check_scales(scales, format, N, K, gated)
+    if scales is not None and scales.device != fragments.device:
+        raise ValueError(f"scales are on {scales.device}, fragments on {fragments.device}: move one of them")
     if out is None:
         out = fragments.new_empty(N, K, dtype=dtype)
-    elif out.shape != (N, K) or out.dtype != dtype or not out.is_contiguous():
-        raise ValueError(f"out is {out.dtype} {tuple(out.shape)}: expected contiguous {dtype} [{N}, {K}]")
+    elif out.shape != (N, K) or out.dtype != dtype or not out.is_contiguous() or out.device != fragments.device:
+        raise ValueError(
+            f"out is {out.dtype} {tuple(out.shape)} on {out.device}: "
+            f"expected contiguous {dtype} [{N}, {K}] on {fragments.device}"
+        )
     if out.numel():
         quads = K % 4 == 0 and out.data_ptr() % 8 == 0 and not INTERPRETED
         with torch.cuda.device_of(out):
-            _decompress_kernel[(T, S)](
+            _decompress_kernel[(num_tiles(N, gated), num_steps(K))](
                 fragments, metadata, out if scales is None else scales, out, N, K, K,
                 FORMAT=format, NUM_CHUNKS=CHUNKS[format], GATED=gated, QUADS=quads, num_warps=4,
             )  # fmt: skip

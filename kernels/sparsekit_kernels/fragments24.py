@@ -125,7 +125,7 @@ def restore(
         dtype: of the values: 16-bit for semi24, float8_e4m3fn, int8, or uint8 for semi24_int4.
     """
     T, S, bytes_of_meta = num_tiles(N, gated), num_steps(K), -(-K // 8)
-    _check_fragments(fragments, metadata, format, T, S)
+    check_fragments(fragments, metadata, format, N, K, gated)
     if format == "semi24":
         slots = fragments.view(torch.int16).view(T, S, 8, 8, 4, 2, 2, 2)  # T S chunk g t t4 row slot
         values = slots.permute(0, 6, 3, 1, 2, 5, 4, 7).reshape(T, 2, 8, S * 128)
@@ -162,6 +162,49 @@ def restore_scales(scales: Tensor, N: int, K: int, gated: bool = False) -> Tenso
     T, S = num_tiles(N, gated), num_steps(K)
     rows = scales.view(torch.int16).view(T, S, 2, 8, 2).permute(0, 4, 3, 1, 2).reshape(T, 2, 8, S * 2)
     return _untiled(rows, N, gated)[:, : -(-K // 128)].contiguous().view(torch.bfloat16)
+
+
+def check_fragments(
+    fragments: Tensor, metadata: Tensor, format: str, N: int, K: int, gated: bool = False
+) -> None:  # fmt: skip
+    """Raise ValueError unless these are the fragments and metadata of a weight [N, K], as the kernels address them.
+
+    K is known to them in steps of 256 columns only: whether it is that of the weight, the caller vouches for.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format={format!r} has no fragments: one of {', '.join(FORMATS)}")
+    T, S = num_tiles(N, gated), num_steps(K)
+    if gated and N % 2:
+        raise ValueError(f"N={N}: gated weights have as many gate as up rows")
+    expected = {"fragments": (T, S, CHUNKS[format], 32, 4), "metadata": (T, S, 32, 4)}
+    for name, tensor in (("fragments", fragments), ("metadata", metadata)):
+        if tensor.shape != expected[name] or tensor.dtype != torch.int32 or not tensor.is_contiguous():
+            raise ValueError(
+                f"{_described(name, tensor)} are not W [{N}, {K}] in {format}: "
+                f"expected contiguous int32 {expected[name]}, from prepare()"
+            )
+    if metadata.device != fragments.device:
+        raise ValueError(f"metadata is on {metadata.device}, fragments on {fragments.device}: move one of them")
+
+
+def check_scales(scales: Tensor | None, format: str, N: int, K: int, gated: bool = False) -> None:
+    """Raise ValueError unless these are the scales that kernels on fragments take for a weight [N, K]."""
+    if format == "semi24":
+        if scales is not None:
+            raise ValueError("semi24 has no scales: leave them out")
+        return
+    of_groups = format == "semi24_int4"
+    shape = (num_tiles(N, gated), num_steps(K), 2, 8) if of_groups else (N,)
+    dtype, origin = (torch.int32, ", from prepare_scales()") if of_groups else (torch.float32, "")
+    if scales is None:
+        raise ValueError(f"{format} needs scales: pass contiguous {dtype} {shape}{origin}")
+    if scales.shape != shape or scales.dtype != dtype or not scales.is_contiguous():
+        raise ValueError(f"{_described('scales', scales)}: expected contiguous {dtype} {shape}{origin}")
+
+
+def _described(name: str, tensor: Tensor) -> str:
+    layout = "" if tensor.is_contiguous() else f" with strides {tensor.stride()}"
+    return f"{name} {tensor.dtype} {tuple(tensor.shape)}{layout}"
 
 
 def _integer(values: Tensor) -> torch.dtype:
@@ -202,11 +245,3 @@ def _check(values: Tensor, meta: Tensor, format: str, gated: bool) -> None:
         raise ValueError(f"{format}: {found} do not belong together: expected [N, {per_byte} * Kp/8] and [N, Kp/8]")
     if gated and meta.shape[0] % 2:
         raise ValueError(f"gated needs as many gate as up rows, W has {meta.shape[0]} rows: stack [gate; up]")
-
-
-def _check_fragments(fragments: Tensor, metadata: Tensor, format: str, T: int, S: int) -> None:
-    if format not in FORMATS:
-        raise ValueError(f"format={format!r} has no fragments: one of {', '.join(FORMATS)}")
-    if fragments.shape != (T, S, CHUNKS[format], 32, 4) or metadata.shape != (T, S, 32, 4):
-        found = f"fragments {tuple(fragments.shape)} and metadata {tuple(metadata.shape)}"
-        raise ValueError(f"{format}: {found}: expected [{T}, {S}, {CHUNKS[format]}, 32, 4] and [{T}, {S}, 32, 4]")

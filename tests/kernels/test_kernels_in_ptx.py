@@ -220,6 +220,40 @@ def test_decompress(format):
             assert torch.equal(bits(found), bits(w.to(dtype)))
 
 
+def columns_apart(t):
+    """t with other numbers between its elements."""
+    return torch.stack([t, t + 1], -1)[..., 0]
+
+
+def transposed(t):
+    return t.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_decompress_refuses_strides_and_wrong_scales(format):
+    (values, metadata, *scales), _ = fragments(format, 21, 300, torch.bfloat16)
+    scales = scales[0] if scales else None
+
+    def decompress(values=values, metadata=metadata, scales=scales):
+        return decompress_fragments24.decompress(
+            values, metadata, 21, 300, torch.bfloat16, format=format, scales=scales
+        )
+
+    with emulated((9, 0)):
+        for change in (dict(values=transposed(values)), dict(metadata=transposed(metadata))):
+            with pytest.raises(ValueError, match=r"with strides .* are not W \[21, 300\].*expected contiguous"):
+                decompress(**change)
+        if scales is None:
+            with pytest.raises(ValueError, match="semi24 has no scales"):
+                decompress(scales=torch.ones(21))
+            return
+        for wrong in (columns_apart(scales), scales[:-1], scales.double()):
+            with pytest.raises(ValueError, match="scales .*: expected contiguous"):
+                decompress(scales=wrong)
+        with pytest.raises(ValueError, match="needs scales"):
+            decompress(scales=None)
+
+
 # int8 weights times int8 x
 
 
