@@ -79,4 +79,4 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
             kernel = _kernels[key] = Kernel(_quantize_tokens_kernel, {"BLOCK": block}, max(1, min(block // 512, 8)))
         with torch.cuda.device_of(x):
             kernel((M, 1, 1), rows, q, scales, K, rows.stride(0), stride)
-    return q[:, :K].view(x.shape) if x.dim() <= 2 else q.view(*x.shape[:-1], stride)[..., :K], scales
+    return q.view(*x.shape[:-1], stride)[..., :K], scales

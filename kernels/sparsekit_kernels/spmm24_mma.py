@@ -22,6 +22,11 @@ x. A load of x as it lies, row by row, touches one cache line for each of eight 
 or two tokens that is nothing; for many, PACKED_X has a small kernel put x into the order of its fragments first, where
 a fragment is one 16-byte load.
 
+int8 x. int8 weights go through m16n8k64 then, twice the columns an instruction and exact sums in int32, from the same
+fragments: byte permutations put them where it wants them, and a lane reads the metadata of its neighbour too. Every
+generation has the instruction (IMMA.SP); only sm_100 and newer want to be told that indices ascend. Opt-in, by passing
+int8 x to `spmm24_int8`: nothing here or in `prefill24` rounds activations by itself.
+
 Gated. With `activation="silu_mul"` the weight was prepared with `gated`, and y = SiLU(x @ gate.T) * (x @ up.T).
 """
 
