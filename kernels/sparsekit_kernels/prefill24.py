@@ -16,6 +16,9 @@ of the gain it would be ahead of dense at every M.
 
 The weights of fp8, int8 and int4 go the same ways, but for cuSPARSELt: decompressed to the dtype of x.
 
+Measured is the plain product, without bias, activation and residual: one row serves a weight whatever is applied after
+it. The launch of mma is that of the tables, where they have one.
+
 Sparse can lose to a resident dense weight between about 100 and 500 tokens whatever runs. Nobody keeps that weight, so
 it is no candidate, but it is measured beside the others: `stay_dense` tells.
 """
@@ -30,10 +33,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsekit_kernels import cusparselt, tuning
+from sparsekit_kernels.fragments24 import CHUNKS
 from sparsekit_kernels.tuning import Candidate, Choice, Standing
 
 MODES = ("auto", "dense", "cusparselt")
 MMA_UP_TO = 512  # tokens, where nothing was measured
+FEW = 64  # tokens that reading the weight takes longer than multiplying by it
 
 _runners: dict[tuple[object, ...], "Runner"] = {}
 
@@ -75,7 +80,7 @@ def spmm24_large(
         return _mma(format, {})(product)
     # The number of the device and not the device: hashing that costs more than all the rest.
     device = x.get_device()
-    shape = (N, K, tuning.bucket(M), format, x.dtype, device, bias is None, blob is None, mode, activation)
+    shape = (N, K, tuning.bucket(M), format, x.dtype, device, blob is None, mode)
     run = _runners.get(shape)
     if run is None:
         choice = _choose(product, M, mode)
@@ -114,6 +119,11 @@ class DenseVerdict(NamedTuple):
         """The buckets where dense wins."""
         return [standing for standing in self.standings if standing.speedup < 1]
 
+    @property
+    def stays(self) -> bool:
+        """Whether dense wins wherever it was measured, and few tokens, where sparse has most to gain, are among it."""
+        return len(self.faster_dense) == len(self.standings) and any(one.M <= FEW for one in self.standings)
+
     def __str__(self) -> str:
         if not self.standings:
             return f"not measured on {self.gpu}"
@@ -142,6 +152,24 @@ def blob_speedups(N: int, K: int, dtype: torch.dtype, device: torch.device) -> d
     without = {one.M: one.us for one in tuning.against_dense("semi24", dtype, N, K, device, {"mma", "decompress"})}
     asked = {one.M: one.us for one in tuning.against_dense("semi24", dtype, N, K, device, {"cusparselt"})}
     return {one.M: without[one.M] / one.us for one in with_blob if one.M in without and one.M in asked}
+
+
+def _launch(key: tuning.Key, config: Mapping[str, int | str]) -> object:
+    """The launch of mma that a config stands for.
+
+    Raises:
+        TypeError, ValueError: it stands for none.
+    """
+    chunks = CHUNKS[key.format]
+    if config.get("AHEAD", 1) > chunks:  # type: ignore[operator]
+        raise ValueError(f"a step of {key.format} has {chunks} chunks")
+    try:
+        return _mma_module().Config(**config)
+    except ImportError:  # where Triton is missing nothing is launched, and times are all that is read
+        return None
+
+
+tuning.CHECKS["mma"] = _launch
 
 
 def _allowed(mode: str, has_blob: bool) -> tuple[str, ...]:
@@ -179,10 +207,15 @@ def _choose(product: _Product, M: int, mode: str) -> Choice:
 
 
 def _candidates(product: _Product, allowed: tuple[str, ...]) -> list[Candidate]:
-    """The allowed kernels on this very product, and for the record the dense weight that nobody keeps."""
-    resident = functools.partial(_multiply_dense, product, _dense_weight(product))
-    found = [Candidate(name, [functools.partial(KERNELS[name](product[5], {}), product)]) for name in allowed]
-    return [*found, Candidate("dense", [resident])]
+    """The allowed kernels on this very product, but plain, and for the record the dense weight that nobody keeps."""
+    x, fragments, metadata, N, _, format, scales, blob, _, _ = product
+    plain = x, fragments, metadata, N, None, format, scales, blob, None, None
+    key = tuning.key(format, x.dtype, N, x.shape[-1], x.numel() // x.shape[-1])
+    found = []
+    for name in allowed:
+        config = tuning.best_config(name, key, x.device) or {}
+        found.append(Candidate(name, [functools.partial(KERNELS[name](format, config), plain)], config))
+    return [*found, Candidate("dense", [functools.partial(_multiply_dense, plain, _dense_weight(plain))])]
 
 
 def _mma(format: str, config: Mapping[str, int | str]) -> Runner:

@@ -22,14 +22,21 @@ table is `export`ed from the cache of a machine that measured; it then serves ot
 **The order.** A shape is looked up in the user's cache (measured on this very machine), then in the shipped table. If
 neither has it, the dispatcher measures it once, on first use, and writes it to the cache; where it must not measure
 (while a CUDA graph is captured, under a compiler, without a GPU, or when told so) it follows a rule of thumb and says
-that nothing was measured.
+that nothing was measured. A row that lacks a kernel is completed: its configs stay, and the new kernel is measured
+beside the others in theirs. A row whose config a kernel cannot be launched with (`CHECKS`), as of a version that named
+its numbers otherwise, is ignored with a warning, and replaced where measuring is allowed.
+
+Threads that meet a new shape together measure it once. Processes do not wait for each other: the ranks of a
+distributed job that measure on first use may come to different kernels where two are about equally fast, and so to
+results that differ in the last bits. Where all ranks must agree, give them tables (`bench/gpu.sh tune`, or one run on
+one GPU whose cache they share) or set SPARSEKIT_TUNING=off.
 
 **The cache.** One file for each shape in `tuning/<gpu>-<versions>/` under $SPARSEKIT_CACHE, $XDG_CACHE_HOME/sparsekit
 or ~/.cache/sparsekit. The versions are those of "measured_with", where "kernels" is a digest of this package's sources
 and so of its layouts. Files are written beside their place and renamed into it: readers see a whole file or none, and
 processes that measure the same shape at the same time leave one of their answers. A file that cannot be read, or that
 another GPU or version wrote, is ignored with a warning, measured again and replaced. A folder that cannot be written
-costs a warning, once, and the measurement is kept for this process. $SPARSEKIT_TUNING=off measures nothing and reads
+costs a warning, once, and the choice is kept for this process. $SPARSEKIT_TUNING=off measures nothing and reads
 only shipped tables; any other value of it is the cache folder to use.
 
 Times are of the device alone. The time the host needs to launch a kernel is hidden while the GPU has work, and always
@@ -84,6 +91,10 @@ class Measured:
 Row = dict[str, Measured]
 
 
+CHECKS: dict[str, Callable[[Key, Mapping[str, int | str]], object]] = {}
+"""Kernel -> what raises TypeError or ValueError for a config that it cannot be launched with. `prefill24` fills it."""
+
+
 class Candidate(NamedTuple):
     """One way to do the work, to be measured against others."""
 
@@ -135,11 +146,11 @@ def lookup(key: Key, device: torch.device) -> tuple[Row, str] | None:
     name = gpu_name(device)
     path = _cache_path(key, name)
     if path is not None:
-        rows = _read_cache(path, name)
-        if key in rows:
-            return rows[key], "cache"
+        row = _read_cache(path, name).get(key)
+        if row is not None and _is_sound(key, row, path):
+            return row, "cache"
     row = _shipped(name).get(key)
-    return None if row is None else (row, "table")
+    return (row, "table") if row is not None and _is_sound(key, row, _shipped_path(name)) else None
 
 
 def store(key: Key, row: Row, device: torch.device) -> None:
@@ -168,7 +179,8 @@ def choose(
         device: where it will run.
         allowed: names of the kernels that can run now.
         rule: the one of them to run where nothing was and nothing can be measured.
-        candidates: makes what is measured: every allowed kernel, in one config or several, and "dense" for the record.
+        candidates: makes what is measured: every allowed kernel, in one config or several, in any case in the one
+            that is known to be best (`best_config`), and "dense" for the record.
     Raises:
         RuntimeError: no candidate runs; the message has the error of each.
     """
@@ -177,7 +189,11 @@ def choose(
     if choice.lasts or not may_measure(device):
         return choice
     try:
-        row = _measure_row(key, device, candidates)
+        with _measuring:
+            choice = known(key, device, allowed, rule)  # another thread may have measured it meanwhile
+            if choice.lasts:
+                return choice
+            row = _measure_row(key, device, candidates)
     except torch.OutOfMemoryError:
         warnings.warn(f"no memory left to measure {key}: a rule of thumb chooses its kernel for now", stacklevel=3)
         return choice._replace(lasts=True)
@@ -347,12 +363,13 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-_measuring = threading.RLock()  # two measurements at a time would time each other
+_measuring = threading.RLock()  # two measurements at a time would time each other, and the second has nothing to find
 
 
 def _measure_row(key: Key, device: torch.device, candidates: Callable[[], Sequence[Candidate]]) -> Row:
     """Measure candidates, store the row of the fastest config of each kernel, and return it.
 
+    What was known of other kernels stays, and so does a config in which a kernel was faster than in those measured now.
     A kernel that fails is recorded as one that cannot run. Of several configs of a kernel some may fail in silence: it
     is for the measurement to find out which fit the GPU.
 
@@ -360,12 +377,18 @@ def _measure_row(key: Key, device: torch.device, candidates: Callable[[], Sequen
         RuntimeError: measuring is not allowed now, or no candidate runs; the message has the errors.
         torch.OutOfMemoryError: there is no memory for what is measured.
     """
-    with _measuring:
-        usable, failed = _try_all(key, candidates())
-        times = measure(usable, device)
-    row: Row = {kernel: Measured(None) for kernel in sorted(failed)}
+    found = lookup(key, device)
+    before = {} if found is None else found[0]
+    usable, failed = _try_all(key, candidates())
+    times = measure(usable, device)
+    row: Row = before | {kernel: Measured(None) for kernel in sorted(failed)}
     for us, candidate in sorted(zip(times, usable, strict=True), key=lambda pair: pair[0], reverse=True):
         row[candidate.kernel] = Measured(round(us, 3), dict(candidate.config))  # the fastest config comes last
+    for kernel, entry in before.items():
+        new = row[kernel]
+        tuned = bool(entry.config) and entry.config != new.config
+        if tuned and entry.us is not None and new.us is not None and entry.us <= new.us:
+            row[kernel] = entry
     store(key, row, device)
     return row
 
@@ -449,9 +472,30 @@ def _read_cache(path: Path, gpu: str) -> dict[Key, Row]:
         return {}
 
 
+def _is_sound(key: Key, row: Row, path: Path) -> bool:
+    """Return whether kernels can be launched with the configs of a row, as far as they say; if not, warn, once."""
+    for kernel, entry in row.items():
+        try:
+            if entry.config and kernel in CHECKS:
+                CHECKS[kernel](key, entry.config)
+        except (TypeError, ValueError) as error:
+            _warn_of_unsound_row(path, key, f"{kernel} cannot be launched with {dict(entry.config)}: {error}")
+            return False
+    return True
+
+
+@functools.cache
+def _warn_of_unsound_row(path: Path, key: Key, error: str) -> None:
+    warnings.warn(f"ignoring what {path} says of {tuple(key)}: {error}", stacklevel=5)
+
+
+def _shipped_path(gpu: str) -> Path:
+    return CONFIG_DIR / f"{slug(gpu)}.json"
+
+
 @functools.cache
 def _shipped(gpu: str) -> dict[Key, Row]:
-    path = CONFIG_DIR / f"{slug(gpu)}.json"
+    path = _shipped_path(gpu)
     if not path.exists():
         return {}
     try:
@@ -464,11 +508,11 @@ def _shipped(gpu: str) -> dict[Key, Row]:
 def _rows_of(format: str, dtype: str, N: int, K: int, device: torch.device) -> dict[int, Row]:
     """Bucket -> row of one weight, the cache before the shipped table."""
     name = gpu_name(device)
-    rows = {key.M: row for key, row in _shipped(name).items() if key[:4] == (format, dtype, N, K)}
+    keys = {key for key in _shipped(name) if key[:4] == (format, dtype, N, K)}
     folder = _cache_folder(name)
     for path in sorted(folder.glob(f"{format}_{dtype}_{N}x{K}_M*.json")) if folder is not None else ():
-        rows |= {key.M: row for key, row in _read_cache(path, name).items()}
-    return rows
+        keys |= _read_cache(path, name).keys()
+    return {key.M: found[0] for key in keys if (found := lookup(key, device)) is not None}
 
 
 def _parsed_key(row: Mapping[str, Any]) -> Key:
