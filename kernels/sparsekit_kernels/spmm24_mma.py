@@ -45,7 +45,7 @@ from triton.experimental.gluon import language as gl
 
 from sparsekit_kernels import mma_sp_ptx as ptx
 from sparsekit_kernels.decompress_fragments24 import decompress as decompress
-from sparsekit_kernels.fragments24 import CHUNKS, STEP_K, TILE_N, num_steps, num_tiles
+from sparsekit_kernels.fragments24 import CHUNKS, STEP_K, TILE_N, check_fragments, check_scales, num_steps
 from sparsekit_kernels.launch import Kernel
 from sparsekit_kernels.target import capability, num_sms, why_not_cuda
 
@@ -445,6 +445,23 @@ class Config:
     SPLIT_K: int = 1
     PACKED_X: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("TOKENS", "ROW_TILES", "AHEAD", "WARPS_N", "WARPS_K", "SPLIT_K"):
+            value, least = getattr(self, name), 8 if name == "TOKENS" else 1
+            if not isinstance(value, int) or value < least or value & (value - 1):
+                raise ValueError(f"{name}={value!r}: expected a power of two, {least} or more")
+        if self.TOKENS > 64:
+            raise ValueError(f"TOKENS={self.TOKENS}: sums of more than 64 tokens have no room in registers")
+        if self.WARPS_N * self.WARPS_K > 32:
+            raise ValueError(f"WARPS_N={self.WARPS_N} times WARPS_K={self.WARPS_K}: a block has at most 32 warps")
+        if self.PACKED_X not in (False, True):
+            raise ValueError(f"PACKED_X={self.PACKED_X!r}: expected False or True")
+
+    def check(self, format: str) -> None:
+        """Raise ValueError if weights of `format` cannot be launched like this."""
+        if self.AHEAD > CHUNKS[format]:
+            raise ValueError(f"AHEAD={self.AHEAD}: a step of {format} has {CHUNKS[format]} chunks, take at most these")
+
 
 # By format, then by the most tokens they serve. Chosen from the machine code of sm_90 so that a warp has at least four
 # 16-byte loads of W under way; not yet measured. From 16 tokens on x is packed: row by row, eight rows are eight cache
@@ -459,7 +476,7 @@ SIXTEEN_BITS = {
 EIGHT_BITS = {
     2: Config(TOKENS=8, ROW_TILES=1, AHEAD=4, WARPS_N=1, WARPS_K=8),
     8: Config(TOKENS=8, ROW_TILES=2, AHEAD=4, WARPS_N=1, WARPS_K=8),
-    16: Config(TOKENS=16, ROW_TILES=2, AHEAD=4, WARPS_N=1, WARPS_K=8, PACKED_X=True),
+    16: Config(TOKENS=16, ROW_TILES=2, AHEAD=2, WARPS_N=1, WARPS_K=8, PACKED_X=True),
     32: Config(TOKENS=32, ROW_TILES=2, AHEAD=2, WARPS_N=2, WARPS_K=4, PACKED_X=True),
     64: Config(TOKENS=64, ROW_TILES=2, AHEAD=2, WARPS_N=4, WARPS_K=2, PACKED_X=True),
 }
@@ -514,16 +531,20 @@ def spmm24(
 ) -> Tensor:  # fmt: skip
     """Return x @ W.T + bias, activated, plus residual, for a 16-bit 2:4 weight in fragments; any number of tokens.
 
+    Fragments know neither the dtype of the weight nor K to more than steps of 256 columns: the caller vouches that both
+    are those of x. A row meets x in its two kept places of every four only: inf or NaN of x in another place leaves the
+    row's result alone, where a dense product has NaN (0 * inf).
+
     Args:
         x: [..., K], bf16 or fp16, the dtype of the weight; rows may be strided.
-        fragments, metadata: of `fragments24.prepare(…, "semi24")`.
+        fragments, metadata: of `fragments24.prepare(…, "semi24")`, contiguous as it returns them.
         N: rows of the weight.
-        bias: [N].
+        bias: [N]; may be strided.
         activation: None, or "silu_mul" for a weight prepared with `gated`: the result is [..., N/2].
         residual: of the shape of the result, added last.
         config: instead of the one `pick_config` finds.
     Raises:
-        ValueError: shapes, dtypes or devices do not fit together.
+        ValueError: shapes, dtypes or devices do not fit together, as far as the tensors tell.
         RuntimeError: the device of `x` cannot run this; the message says why.
     """
     return _spmm24("semi24", x, fragments, metadata, None, N, bias, activation, residual, config)
@@ -533,7 +554,7 @@ def spmm24_fp8(
     x: Tensor, fragments: Tensor, metadata: Tensor, scales: Tensor, N: int, bias: Tensor | None = None, *,
     activation: str | None = None, residual: Tensor | None = None, config: Config | None = None,
 ) -> Tensor:  # fmt: skip
-    """`spmm24` for e4m3 weights with `scales` float32 [N] of their rows. They are exact in the dtype of x."""
+    """`spmm24` for e4m3 weights with contiguous `scales` float32 [N] of their rows, exact in the dtype of x."""
     return _spmm24("semi24_fp8", x, fragments, metadata, scales, N, bias, activation, residual, config)
 
 
@@ -542,7 +563,7 @@ def spmm24_int8(
     activation: str | None = None, residual: Tensor | None = None, config: Config | None = None,
     x_scales: Tensor | None = None, out_dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
-    """`spmm24` for int8 weights with `scales` float32 [N] of their rows. They are exact in the dtype of x.
+    """`spmm24` for int8 weights with contiguous `scales` float32 [N] of their rows. They are exact in the dtype of x.
 
     int8 x, of `quantize_tokens`, runs on the integer tensor cores, from the same fragments. Sums are exact, and then
     y = sum * scales[n] * x_scales[m] + bias in float32, activated, plus residual. Rounding activations costs accuracy,
@@ -579,6 +600,7 @@ class _Launch:
         self.N, self.K, self.out_dtype, self.like_x = N, x.shape[-1], out, out == x.dtype
         self.num_tiles, self.num_steps = metadata.shape[:2]
         config = config or pick_config(format, x.numel() // self.K, N, self.K, num_sms(x.device))
+        config.check(format)
         applied = {
             "HAS_SCALES": format in ("semi24_fp8", "semi24_int8"), "HAS_X_SCALES": x_scales is not None,
             "HAS_BIAS": bias is not None, "GATED": gated, "HAS_RESIDUAL": residual is not None,
@@ -606,7 +628,7 @@ class _Launch:
         out = y if self.split == 1 else y.new_empty(self.split, M, self.num_tiles * TILE_N, dtype=self.sum_dtype)
         scales = y if scales is None else scales  # a pointer that is not read
         x_scales = y if x_scales is None else x_scales.contiguous()
-        bias = y if bias is None else bias
+        bias = y if bias is None else bias.contiguous()
         residual = y if residual is None else residual.contiguous()
         self.multiply(
             (blocks_m, self.blocks, self.split),
@@ -665,10 +687,17 @@ def _spmm24(
         raise ValueError(f"residual is {tuple(residual.shape)}: expected {y_shape}")
     if x_scales is not None and x_scales.shape != shape[:-1]:
         raise ValueError(f"x_scales are {tuple(x_scales.shape)}: expected one for each row of x, {tuple(shape[:-1])}")
+    # All that a launch relies on, so that none is remembered for tensors that it would misread. fragments and metadata
+    # are compiled for as multiples of 16 bytes or not; the rest need not be.
     key = (
-        format, _tokens_like(M), K, N, x.dtype, device, fragments.numel(),
-        None if bias is None else (bias.shape, bias.dtype), None if residual is None else residual.dtype,
-        activation, config, None if x_scales is None else x_scales.dtype, out_dtype,
+        format, _tokens_like(M), K, N, x.dtype, device, activation, config, out_dtype,
+        fragments.numel(), fragments.dtype, fragments.get_device(), metadata.numel(), metadata.dtype,
+        metadata.get_device(), fragments.is_contiguous() and metadata.is_contiguous(),
+        (fragments.data_ptr() | metadata.data_ptr()) % 16,
+        None if scales is None else (scales.shape, scales.dtype, scales.get_device(), scales.is_contiguous()),
+        None if bias is None else (bias.shape, bias.dtype, bias.get_device()),
+        None if residual is None else (residual.dtype, residual.get_device()),
+        None if x_scales is None else (x_scales.dtype, x_scales.get_device()),
     )  # fmt: skip
     launch = _launches.get(key)
     if launch is None:
@@ -729,24 +758,10 @@ def _check(
     if K == 0:
         raise ValueError("x has no features: [..., K] with K > 0 is needed")
     gated = activation == "silu_mul"
-    T, S = num_tiles(N, gated), num_steps(K)
-    expected = {"fragments": (T, S, CHUNKS[format], 32, 4), "metadata": (T, S, 32, 4)}
-    for name, tensor in (("fragments", fragments), ("metadata", metadata)):
-        if tensor.shape != expected[name] or tensor.dtype != torch.int32 or not tensor.is_contiguous():
-            found = f"{name} {tensor.dtype} {tuple(tensor.shape)}"
-            raise ValueError(
-                f"{found} are not W [{N}, {K}]: expected contiguous int32 {expected[name]}, from prepare()"
-            )
-    if gated and N % 2:
-        raise ValueError(f"N={N}: silu_mul needs as many gate as up rows")
-    for name, tensor, shape, dtype in (
-        ("bias", bias, (N,), out_dtype),
-        ("scales", scales, (T, S, 2, 8), torch.int32)
-        if format == "semi24_int4"
-        else ("scales", scales, (N,), torch.float32),
-    ):
-        if tensor is not None and (tensor.shape != shape or tensor.dtype != dtype):
-            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}: expected {dtype} {shape}")
+    check_fragments(fragments, metadata, format, N, K, gated)
+    check_scales(scales, format, N, K, gated)
+    if bias is not None and (bias.shape != (N,) or bias.dtype != out_dtype):
+        raise ValueError(f"bias is {bias.dtype} {tuple(bias.shape)}: expected {out_dtype} ({N},)")
     if residual is not None and residual.dtype != out_dtype:
         raise ValueError(f"residual is {residual.dtype}: expected {out_dtype}")
     for name, tensor in (

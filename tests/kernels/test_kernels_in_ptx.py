@@ -225,6 +225,55 @@ def columns_apart(t):
     return torch.stack([t, t + 1], -1)[..., 0]
 
 
+@pytest.mark.parametrize("split", [1, 2])
+@pytest.mark.parametrize("format", FORMATS)
+def test_mma_with_a_strided_bias(format, split):
+    """And a residual that is strided, on the first call and on a later one."""
+    torch.manual_seed(split)
+    operands, w = fragments(format, 37, 4700, torch.float16)
+    config = replace(spmm24_mma.CONFIGS[format][8], SPLIT_K=split)
+    with emulated((9, 0)):
+        for _ in range(2):
+            x, bias, residual = (torch.randn(*shape).half() for shape in ((3, 4700), (37,), (37, 3)))
+            bias, residual = columns_apart(bias), residual.T
+            assert not bias.is_contiguous() and not residual.is_contiguous()
+            y = FORMATS[format](x, *operands, 37, bias, residual=residual, config=config)
+            assert_near(y, *product(x, w, bias, residual))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_mma_refuses_strided_scales_and_misaligned_is_no_matter(format):
+    """Fragments that begin between multiples of 16 bytes give the same bits, after a call with others."""
+    torch.manual_seed(0)
+    (values, metadata, *scales), _ = fragments(format, 21, 300, torch.float16)
+    x, shifted = torch.randn(2, 300).half(), torch.zeros(values.numel() + 1, dtype=torch.int32)[1:].view(values.shape)
+    shifted.copy_(values)
+    with emulated((9, 0)):
+        expected = FORMATS[format](x, values, metadata, *scales, 21)
+        assert torch.equal(bits(FORMATS[format](x, shifted, metadata, *scales, 21)), bits(expected))
+        for wrong in map(columns_apart, scales):
+            with pytest.raises(ValueError, match="scales .* with strides .*: expected contiguous"):
+                FORMATS[format](x, values, metadata, wrong, 21)
+
+
+def test_what_is_not_a_number_counts_where_a_weight_is_kept():
+    """inf or NaN at a pruned column: a dense product has NaN, the sparse one what the kept columns give."""
+    torch.manual_seed(0)
+    w = torch.randn(20, 256).half()
+    w.view(20, -1, 4)[:10, :, 2:] = 0
+    w.view(20, -1, 4)[10:, :, :2] = 0
+    operands = fragments24.prepare(*layout24.compress24(w), "semi24")
+    x = torch.randn(2, 256).half()
+    clean = x.clone()
+    x[0, 3], x[1, 102], clean[0, 3], clean[1, 102] = torch.inf, torch.nan, 0, 0
+    with emulated((9, 0)):
+        y = spmm24_mma.spmm24(x, *operands, 20)
+    assert (x.double() @ w.double().T)[:, :10].isnan().all(), "the dense product"
+    reference, size = product(clean, w)
+    assert_near(y[:, :10], reference[:, :10], size[:, :10])
+    assert torch.equal(y[0, 10:], (w[10:, 3] * torch.inf)) and y[1, 10:].isnan().all()
+
+
 def transposed(t):
     return t.transpose(-1, -2).contiguous().transpose(-1, -2)
 

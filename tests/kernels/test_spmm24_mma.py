@@ -379,6 +379,12 @@ def test_launches_are_bounded():
         (dict(residual=torch.zeros(3, 32).half()), "residual is"),
         (dict(activation="gelu"), "gelu"),
         (dict(activation="silu_mul", N=31), "as many gate as up"),
+        (
+            dict(metadata=operands()[1].transpose(2, 3).contiguous().transpose(2, 3)),
+            "metadata .* with strides .* are not",
+        ),
+        (dict(fragments=operands()[0].float()), "fragments torch.float32 .* are not W"),
+        (dict(config=Config(TOKENS=8, ROW_TILES=1, AHEAD=16, WARPS_N=1, WARPS_K=8)), "AHEAD=16: .* has 8 chunks"),
     ],
 )
 def test_bad_input(change, message, monkeypatch):
@@ -389,10 +395,81 @@ def test_bad_input(change, message, monkeypatch):
         spmm24_mma.spmm24(**arguments)
 
 
-def test_scales_are_checked(monkeypatch):
+@pytest.fixture
+def launches_that_do_nothing(monkeypatch):
+    """The wrappers get as far as they do on a GPU: what they let pass is launched, and computes nothing."""
     monkeypatch.setattr(spmm24_mma, "why_not_cuda", lambda device: None)
-    x = torch.zeros(2, 512).half()
-    with pytest.raises(ValueError, match="scales is"):
-        spmm24_mma.spmm24_fp8(x, *operands(format="semi24_fp8"), torch.ones(31), 32)
-    with pytest.raises(ValueError, match="scales is"):
-        spmm24_mma.spmm24_int4(x, *operands(format="semi24_int4"), torch.ones(32), 32)
+    monkeypatch.setattr(spmm24_mma, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(spmm24_mma, "num_sms", lambda device: 132)
+    monkeypatch.setattr(spmm24_mma.Kernel, "__call__", lambda self, grid, *args: None)
+    monkeypatch.setattr(spmm24_mma, "_launches", {})
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["first", "second"])
+@pytest.mark.parametrize("format", fragments24.FORMATS)
+def test_each_call_is_checked(format, known, launches_that_do_nothing):
+    """Also those of a shape that was launched before."""
+    fragments, metadata = operands(format=format)
+    good = dict(x=torch.zeros(2, 512).half(), fragments=fragments, metadata=metadata, N=32, bias=torch.zeros(32).half())
+    good["residual"] = torch.zeros(2, 32).half()
+    multiply = getattr(spmm24_mma, "spmm24" + format.removeprefix("semi24"))
+    changes = [
+        (dict(fragments=fragments.transpose(0, 1).contiguous().transpose(0, 1)), "fragments .* with strides"),
+        (dict(fragments=fragments.view(torch.float32)), "fragments torch.float32"),
+        (dict(fragments=fragments[:1]), "fragments .* are not W"),
+        (dict(fragments=fragments.to("meta")), "fragments on meta"),
+        (dict(metadata=metadata.transpose(0, 1).contiguous().transpose(0, 1)), "metadata .* with strides"),
+        (dict(metadata=metadata.view(torch.float32)), "metadata torch.float32"),
+        (dict(metadata=metadata[:1]), "metadata .* are not W"),
+        (dict(bias=torch.zeros(32)), "bias is torch.float32"),
+        (dict(bias=torch.zeros(33).half()), "bias is"),
+        (dict(bias=torch.zeros(32, device="meta").half()), "bias is on meta"),
+        (dict(residual=torch.zeros(2, 32)), "residual is torch.float32"),
+        (dict(residual=torch.zeros(2, 32, device="meta").half()), "residual is on meta"),
+        (dict(x=torch.zeros(2, 512)), "x is torch.float32"),
+    ]
+    if format != "semi24":
+        good["scales"] = scales = (
+            torch.ones(2, 2, 2, 8, dtype=torch.int32) if format == "semi24_int4" else torch.ones(32)
+        )
+        changes += [
+            (dict(scales=None), f"{format} needs scales: pass contiguous"),
+            (dict(scales=scales.to(torch.float64)), "scales torch.float64 .*: expected contiguous"),
+            (dict(scales=scales[:-1]), "scales .*: expected contiguous"),
+            (dict(scales=torch.stack([scales, scales], -1)[..., 0]), "scales .* with strides .*: expected contiguous"),
+            (dict(scales=scales.to("meta")), "scales is on meta"),
+        ]
+    for change, message in changes:
+        if known:
+            if "on meta" in message:
+                continue  # neither it nor the CPU, which passes for a GPU here, has a number
+            multiply(**good)
+        with pytest.raises(ValueError, match=message):
+            multiply(**(good | change))
+
+
+def test_operands_between_multiples_of_16_bytes_are_compiled_for_apart(launches_that_do_nothing):
+    fragments, metadata = operands()
+    shifted = torch.zeros(fragments.numel() + 1, dtype=torch.int32)[1:].view(fragments.shape)
+    for operand in (fragments, shifted, fragments):
+        spmm24_mma.spmm24(torch.zeros(2, 512).half(), operand, metadata, 32)
+    assert len(spmm24_mma._launches) == 2
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(TOKENS=4), "TOKENS=4: expected a power of two, 8 or more"),
+        (dict(TOKENS=128), "TOKENS=128"),
+        (dict(AHEAD=3), "AHEAD=3: expected a power of two"),
+        (dict(ROW_TILES=0), "ROW_TILES=0"),
+        (dict(WARPS_K="8"), "WARPS_K='8'"),
+        (dict(SPLIT_K=-2), "SPLIT_K=-2"),
+        (dict(WARPS_N=8), "at most 32 warps"),
+        (dict(PACKED_X=2), "PACKED_X=2"),
+    ],
+)
+def test_a_config_that_cannot_be_launched(change, message):
+    """One of them reaching the compiler may end the process."""
+    with pytest.raises(ValueError, match=message):
+        replace(CONFIGS["semi24"][8], **change)
