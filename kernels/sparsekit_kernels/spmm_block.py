@@ -288,10 +288,11 @@ def spmm_block(
 ) -> Tensor:
     """Return x @ W.T + bias + residual for a weight that `prepare` prepared; x is [..., K], the result [..., N].
 
-    `config` overrides the choice by shape.
+    `config` overrides the choice by shape. A block weight knows K to whole blocks only: the caller vouches that K is
+    that of x. Blocks that are not stored do not meet x: inf or NaN of x there leaves a result alone.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit together.
+        ValueError: shapes, dtypes or devices do not fit together, as far as the tensors tell.
         RuntimeError: Triton cannot run on the device of `x`; the message says why.
     """
     shape, values = x.shape, prepared[0]
@@ -308,7 +309,10 @@ def spmm_block(
     launch = _launches.get(key)
     if launch is None or INTERPRETED:
         _check(x, values, prepared[2], N, bias, residual)
-        launch = _launches[key] = _Launch(x, stride, prepared, N, bias, residual, config)
+        launch = _Launch(x, stride, prepared, N, bias, residual, config)
+        if key not in _launches and len(_launches) >= MOST_LAUNCHES:
+            _launches.pop(next(iter(_launches)), None)
+        _launches[key] = launch
     if launch.is_dense:
         values, columns, row_pointers = prepared[:3]
         y = F.linear(x, decompress_block(values, columns, row_pointers, N, shape[-1]), bias)
@@ -406,6 +410,8 @@ class _Launch:
         if self.add_parts is not None:
             self.add_parts(aligned, parts, cut_rows, *epilogue, M, N)
 
+
+MOST_LAUNCHES = 4096  # the oldest make room; what Triton compiled, it keeps itself
 
 _launches: dict[tuple[Any, ...], _Launch] = {}
 

@@ -184,6 +184,19 @@ def test_a_full_weight_is_multiplied_densely_at_prefill(monkeypatch):
 
 
 @runs
+def test_launches_are_bounded(monkeypatch):
+    """New shapes take the place of the oldest, and shapes seen before are still multiplied."""
+    monkeypatch.setattr(kernels, "MOST_LAUNCHES", 3)
+    monkeypatch.setattr(kernels, "_launches", {})
+    w = block_weight(20, 36, (16, 16), FP32, 0.7)
+    prepared = pack(w, (16, 16))
+    for M in (1, 2, 3, 4, 5, 1, 5):
+        check(torch.randn(M, 36, device=DEVICE), w, prepared)
+        assert len(kernels._launches) <= 3
+    assert {key[0][0] for key in kernels._launches} == {4, 5, 1}
+
+
+@runs
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_any_strides_and_leading_dimensions(dtype):
     torch.manual_seed(0)
