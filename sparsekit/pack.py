@@ -11,9 +11,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from sparsekit.backends import BACKENDS, PREFILLS
+from sparsekit.backends import BACKENDS, PREFILLS, resolve
 from sparsekit.errors import NonFiniteError, PatternError, Unsupported
-from sparsekit.formats import FORMATS
+from sparsekit.formats import FORMATS, WeightSpec
 from sparsekit.hf.describe import describe_packed_
 from sparsekit.interrupt import uninterrupted
 from sparsekit.nn import (
@@ -21,12 +21,14 @@ from sparsekit.nn import (
     dense_layer,
     disband_broken_groups_,
     fuse_,
+    grid_of,
     replace_layer_,
     sparse_layers,
     unwrapped,
     warn_of_fallbacks,
 )
 from sparsekit.progress import progress_bar
+from sparsekit.registry import unknown
 from sparsekit.targets import is_conv1d
 from sparsekit.targets import weight_NK as weight_of
 
@@ -56,22 +58,25 @@ def pack_(
         model: any module; layers inside are replaced, and a bare `nn.Linear` cannot be.
         format: a name in `FORMATS`, which every sparse layer must then obey; or "auto", which packs the layers that
             fit a lossless one and leaves the others dense. The quantised ones round the weights, and are never taken
-            unasked.
+            unasked; but a weight that `prune_` or `unpack_` left on the grid of one is packed to that, which is exact.
         backend: a name in `BACKENDS`, or "auto" for the best that runs on the layer's device.
         layers: qualified names of the only layers to pack; None for all that fit.
-        scales: layer name -> the grid its weight was rounded to while it was pruned (`Plan.scales`), for a quantised
-            format; the layers not in it are rounded to nearest on scales of their own.
+        scales: layer name -> the grid to round its weight to, for a quantised format. The layers not in it stay on the
+            grid that they lie on since they were pruned or unpacked; others are rounded to nearest on scales of their
+            own.
         fuse: run q, k and v of an attention, and gate and up of an MLP, as one product each, where the model is of a
             family that we know (`sparsekit.nn.fused.SAME_INPUT`): fewer launches, the same numbers. The layers keep
             their names and their places in the state dict. `explain` says which layers stay apart, and why.
         prefill: what serves many tokens at a time. "dense": the one copy of the weight, which the kernels expand as
             they need it. "cusparselt": a second copy of the weight, in cuSPARSELt's layout. "auto": a second copy
-            where the backend finds it faster on this machine. What second copies cost in bytes is said in a warning,
-            and in `check`.
+            where it was measured to be faster on this machine (`bash bench/gpu.sh tune`), else none. What second
+            copies cost in bytes is said in a warning, and in `check`.
         progress: show a bar.
     `fuse=True` and a `prefill` other than "dense" also count for layers that are packed already, as after `load`.
-    Warns where layers with many zeros fit no format, where nothing faster than the reference runs, where `fuse` finds
-    nothing to fuse, and of second copies.
+    With `format` and `backend` both "auto", a layer stays dense where dense was measured to be faster on this GPU, by
+    itself and not fused, for every number of tokens that was measured, few among them; `explain` has the times.
+    Warns of such layers, where layers with many zeros fit no format, where nothing faster than the reference runs,
+    where `fuse` finds nothing to fuse, where `prefill="auto"` finds nothing measured, and of second copies.
 
     Raises:
         ValueError: unknown format, backend or prefill, or there is no layer to pack.
@@ -88,16 +93,22 @@ def pack_(
     if isinstance(model, nn.Linear):
         raise ValueError("pack_ replaces layers inside a model: for a single layer use SparseLinear.from_linear(layer)")
     whole, model = model, unwrapped(model)
-    chosen, refused = _choose(model, format, layers)
     packed_before = sparse_layers(model)
+    _check_names(model, layers, scales, packed_before)
+    _refuse_to_repack(packed_before, format, backend)
+    chosen, refused = _choose(model, format, layers)
     prefills = {name: layer.prefill for name, layer in packed_before.items()}
+    slower = _slower_than_dense(model, chosen, prefill) if format == backend == "auto" else {}
     if not chosen and not packed_before:
         detail = "; ".join(f"{name}: {why}" for name, why in list(refused.items())[:5])
         if refused:
-            raise PatternError(f"no layer fits a packed format. Prune it first, with sparsekit.prune_. {detail}")
+            raise PatternError(f"no layer fits a packed format: dense ones want sparsekit.prune_ first. {detail}")
         raise ValueError("the model has no nn.Linear layer to pack")
     if chosen:
         _speak_of_sparse_layers_left_dense(model, refused, asked=format != "auto")
+    if slower:
+        _warn_of_layers_faster_dense(slower)
+        chosen = {name: layer_format for name, layer_format in chosen.items() if name not in slower}
     replaced: list[_Replaced] = []
     try:
         with progress_bar("packing", len(chosen), progress) as bar:
@@ -120,8 +131,37 @@ def pack_(
         _warn_of_nothing_fused(apart)
     if chosen:
         warn_of_fallbacks(model)
+    if prefill == "auto":
+        _warn_of_unmeasured_prefill(model)
     _warn_of_second_copies(model)
     return whole
+
+
+def _check_names(
+    model: nn.Module,
+    layers: Collection[str] | None,
+    scales: Mapping[str, Tensor] | None,
+    packed: Mapping[str, SparseLinear],
+) -> None:
+    if isinstance(layers, str):
+        raise ValueError(f"layers={layers!r} is a string: give a list of names, as layers=[{layers!r}]")
+    known = {*packed, *(name for name, _, _ in _candidates(model))}
+    for argument, names in (("layers", layers or ()), ("scales", scales or ())):
+        for name in names:
+            if name not in known:
+                raise ValueError(f"{argument}: {unknown('layer', name, sorted(known))}")
+    for name, grid in (scales or {}).items():
+        if not isinstance(grid, Tensor):
+            raise ValueError(f"scales[{name!r}] is a {type(grid).__name__}: give a tensor, as those of plan.scales")
+
+
+def _refuse_to_repack(packed: Mapping[str, SparseLinear], format: str, backend: str) -> None:
+    """What was asked for by name is done or refused: a packed layer keeps its format and its backend."""
+    for name, layer in packed.items():
+        if format not in ("auto", layer.format):
+            raise ValueError(f"format={format!r}: {name} is packed as {layer.format} already. Call unpack_ first")
+        if backend not in ("auto", layer.requested_backend, layer.backend):
+            raise ValueError(f"backend={backend!r}: {name} runs on {layer.backend!r} already. Call unpack_ first")
 
 
 @dataclass(frozen=True)
@@ -144,9 +184,11 @@ def _pack_layer(
     replaced: list[_Replaced],
 ) -> None:
     layer = model.get_submodule(name)
+    if scales is None and not FORMATS.get(format).lossless and (grid := grid_of(layer, weight_of(layer))):
+        scales = grid[1] if grid[0] == format else None
     try:
         sparse = SparseLinear.from_linear(layer, format, backend, scales, prefill)
-    except (PatternError, NonFiniteError, Unsupported) as error:
+    except (ValueError, Unsupported) as error:
         raise type(error)(f"{name}: {error}") from None
     replaced.append(_Replaced(name, weakref.ref(layer), weakref.ref(layer.get_parameter("weight")), sparse))
     replace_layer_(model, name, sparse)
@@ -164,6 +206,50 @@ def _warn_of_nothing_fused(apart: Mapping[str, str]) -> None:
     why = next((f"{names} stay apart: {reason}" for names, reason in apart.items()), None)
     why = why or "no module of the model is of a class in sparsekit.nn.fused.SAME_INPUT"
     warnings.warn(f"fuse=True fused nothing: {why}", stacklevel=3)
+
+
+def why_dense(w_NK: Tensor, format: str, prefill: str = "dense") -> str:
+    """Return why a weight had better stay dense, by what was measured on its device; empty where it had not."""
+    spec = WeightSpec(format, w_NK.shape[0], w_NK.shape[1], w_NK.dtype)
+    try:
+        chosen, _ = resolve("auto", spec, w_NK.device, prefill)
+    except Unsupported:  # whoever packs it hears of that
+        return ""
+    return chosen.stays_dense(spec, w_NK.device, prefill)
+
+
+def _slower_than_dense(model: nn.Module, chosen: Mapping[str, str], prefill: str) -> dict[str, str]:
+    """Return name -> reason for the layers that had better stay dense."""
+    reasons = {
+        name: why_dense(weight_of(model.get_submodule(name)), format, prefill) for name, format in chosen.items()
+    }
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
+def _warn_of_layers_faster_dense(slower: Mapping[str, str]) -> None:
+    name, reason = next(iter(slower.items()))
+    warnings.warn(
+        f"{len(slower)} sparse layers stay dense, which was measured to be faster; {name}: {reason}. Name the "
+        "format to pack them all the same",
+        stacklevel=3,
+    )
+
+
+def _warn_of_unmeasured_prefill(model: nn.Module) -> None:
+    """Say where `prefill="auto"` had nothing to choose by."""
+    whys = {
+        name: BACKENDS.get(layer.backend).unmeasured(layer._prepared_spec, layer.device)
+        for name, layer in sparse_layers(model).items()
+        if layer.is_prepared
+    }
+    unmeasured = {name: why for name, why in whys.items() if why}
+    if unmeasured:
+        name, why = next(iter(unmeasured.items()))
+        warnings.warn(
+            f"prefill='auto' keeps one copy of {len(unmeasured)} layers, as 'dense' does, for want of times; {name}: "
+            f"{why}",
+            stacklevel=3,
+        )
 
 
 def _warn_of_second_copies(model: nn.Module) -> None:
@@ -233,10 +319,13 @@ def _choose(model: nn.Module, format: str, wanted: Collection[str] | None) -> tu
         weight = weight_of(layer)
         if not bool(torch.isfinite(weight).all()):
             raise NonFiniteError(f"{name}: the weight holds NaN or infinity: mend it before packing")
+        if format == "auto" and (grid := grid_of(layer, weight)):
+            chosen[name] = grid[0]
+            continue
         for format_name in _lossless() if format == "auto" else (format,):
             kind = FORMATS.get(format_name)
             if weight.dtype not in kind.dtypes:
-                refused[name] = f"{format_name} does not hold {weight.dtype}"
+                refused[name] = f"no format holds {weight.dtype}: convert it, as with model.to(torch.bfloat16)"
                 continue
             broken, groups = kind.count_violations(weight)
             if broken == 0:

@@ -12,6 +12,7 @@ from sparsekit.calibration import Statistics, Walk, load_samples
 from sparsekit.errors import NonFiniteError
 from sparsekit.masks import Mask
 from sparsekit.methods import Decision, Magnitude, OneShot, method_config
+from sparsekit.nn import remember_grid_
 from sparsekit.patterns import NM
 from sparsekit.plan import MadeBy, Plan
 from sparsekit.progress import Progress, progress_bar
@@ -141,8 +142,9 @@ class _Pruner:
             self.snapshot.remember(name)
             set_weight_NK_(layer, w_NK)
             self.plan.masks[name] = Mask(self.config.parsed_pattern, decision.keep).to("cpu")
-            if decision.scales is not None:
+            if decision.scales is not None and self.config.format is not None:
                 self.plan.scales[name] = decision.scales.cpu()
+                remember_grid_(layer, self.config.format, self.plan.scales[name])
             for note in decision.notes:
                 self._said.setdefault(note, []).append(name)
             if bar is not None:

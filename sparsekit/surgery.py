@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sparsekit.errors import Unsupported
-from sparsekit.nn import unwrapped
+from sparsekit.nn import remember_grid_, unwrapped
 from sparsekit.plan import Plan
 from sparsekit.registry import unknown
 from sparsekit.snapshot import restored_on_failure
@@ -41,6 +41,8 @@ def apply_(model: M, plan: Plan) -> M:
             snapshot.remember(name)
             w_NK = weight_NK(layer)
             w_NK.masked_fill_(~plan.masks[name].to(w_NK.device).keep, 0)
+            if name in plan.scales and plan.format is not None:
+                remember_grid_(layer, plan.format, plan.scales[name])
     return model
 
 

@@ -3,6 +3,7 @@
 import copy
 import functools
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -194,7 +195,7 @@ class TestChoice:
     def test_float64(self):
         model = mlp().double()
         before = state_of(model)
-        with pytest.raises(PatternError, match="does not hold torch.float64"):
+        with pytest.raises(PatternError, match="no format holds torch.float64: convert it"):
             sk.pack_(model)
         assert_same_state(model, before)
         mixed = mlp()
@@ -476,8 +477,6 @@ def test_a_backend_that_is_slower_than_dense_is_spoken_of():
     with pytest.warns(UserWarning, match="1 packed layers run on 'reference', .* slower than dense, as 0: .*float16"):
         sk.pack_(model)
     sk.unpack_(model)
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sk.pack_(model, backend="reference")  # asked for by name
@@ -502,7 +501,7 @@ class WithSecondCopy(Runner):
 
     def __init__(self):
         self.inner = ReferenceRunner("semi24")
-        self.asked = []
+        self.asked, self.is_measured, self.faster_dense = [], True, ()
 
     def why_not(self, spec, device):
         return None
@@ -524,8 +523,16 @@ class WithSecondCopy(Runner):
     def dense(self, prepared, N, K, dtype):
         return self.inner.dense(prepared[:2], N, K, dtype)
 
-    def kernel(self, spec, num_tokens):
+    def kernel(self, spec, num_tokens, device=None, prepared=()):
         return "a test"
+
+    def unmeasured(self, spec, device):
+        return "" if self.is_measured else "measure it"
+
+    def stays_dense(self, spec, device, prefill="dense"):
+        if spec.out_features not in self.faster_dense:
+            return ""
+        return f"on a test dense is faster with prefill={prefill}"
 
 
 @functools.cache
@@ -539,9 +546,46 @@ def second():
     """A backend that has all prefills."""
     runner, backend = backend_with_second_copy()
     runner.asked.clear()
+    runner.is_measured, runner.faster_dense = True, ()
     BACKENDS.register(backend.name, backend)
     yield runner
     del BACKENDS._parts[backend.name]
+
+
+class TestStayingDense:
+    @pytest.fixture(autouse=True)
+    def first_asked(self, second, monkeypatch):
+        """The only backend that `auto` asks."""
+        monkeypatch.setattr(BACKENDS, "_parts", {"with_second_copy": BACKENDS.get("with_second_copy")})
+
+    def test_where_it_was_measured_to_be_faster(self, second):
+        second.faster_dense = (64,)
+        model, dense = mlp(2), mlp(2)
+        with pytest.warns(UserWarning, match="2 sparse layers stay dense, .* 0.up: on a test dense .*Name the format"):
+            assert sk.pack_(model) is model
+        assert set(sparse_layers(model)) == {"0.down", "1.down"} and type(model[0].up) is nn.Linear
+        x = torch.randn(3, 32)
+        torch.testing.assert_close(model(x), dense(x))
+        (row,) = (row for row in sk.explain(model).rows if row["first layer"] == "0.up")
+        assert row["backend"] == "torch" and row["M=1"] == "dense" and row["layers"] == 2
+        assert row["why not the others"] == "it is 2:4 and stays dense: on a test dense is faster with prefill=dense"
+        with torch.no_grad():
+            model[0].up.weight.fill_(1)  # never 2:4: nothing was chosen
+        assert sk.explain(model).rows[0]["why not the others"] == "the layer is not packed"
+
+    def test_all_of_them(self, second):
+        second.faster_dense = (64, 32)
+        model = mlp(1)
+        with pytest.warns(UserWarning, match="2 sparse layers stay dense.*prefill=auto"):
+            assert sk.pack_(model, prefill="auto") is model
+        assert not sparse_layers(model)
+
+    @pytest.mark.parametrize("asked", [{"format": "semi24"}, {"backend": "with_second_copy"}])
+    def test_unless_told_otherwise(self, second, asked):
+        second.faster_dense = (64, 32)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert len(sparse_layers(sk.pack_(mlp(1), **asked))) == 2
 
 
 class TestPrefill:
@@ -573,6 +617,17 @@ class TestPrefill:
         torch.testing.assert_close(model(x), dense(x))
         state = sk.pack_(copy.deepcopy(dense)).state_dict()
         assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+    def test_auto_says_that_nothing_was_measured(self, second):
+        second.is_measured = False
+        message = r"prefill='auto' keeps one copy of 2 layers, as 'dense' does, for want of times; 0.up: measure it"
+        for model in (mlp(1), sk.pack_(mlp(1), backend="with_second_copy")):
+            with pytest.warns(UserWarning, match=message) as seen:
+                sk.pack_(model, backend="with_second_copy", prefill="auto")
+            assert len([one for one in seen if "want of times" in str(one.message)]) == 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            sk.pack_(mlp(1), backend="with_second_copy", prefill="dense")
 
     def test_survives_copies_and_conversions(self, second):
         with pytest.warns(UserWarning, match="second copy"):
@@ -622,3 +677,62 @@ class TestPrefill:
             Unsupported, match="no backend runs .* with prefill='cusparselt': triton: .*; cpu: it has no"
         ):
             sk.pack_(mlp(), prefill="cusparselt")
+
+
+class TestGrids:
+    """A weight that was rounded keeps the grid it was rounded to."""
+
+    @pytest.mark.parametrize("format", ["semi24_int8", "semi24_int4", "semi24_fp8"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_unpacked_and_packed_again_is_the_same(self, format, dtype):
+        model = sk.pack_(mlp().to(dtype), format, backend="reference")
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        dense = {name: layer.to_dense() for name, layer in sparse_layers(model).items()}
+        sk.unpack_(model)
+        for again in ("auto", format):
+            twin = sk.pack_(copy.deepcopy(model), again, backend="reference")
+            assert {layer.format for layer in sparse_layers(twin).values()} == {format}
+            assert all(torch.equal(layer.to_dense(), dense[name]) for name, layer in sparse_layers(twin).items())
+            scales = {name: tensor for name, tensor in twin.state_dict().items() if name.endswith("scales")}
+            assert all(torch.equal(tensor, before[name]) for name, tensor in scales.items())
+
+    def test_a_weight_that_left_its_grid_is_16_bits_again(self):
+        model = sk.unpack_(sk.pack_(mlp(), "semi24_int4", backend="reference"))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.01)
+        sk.pack_(model)
+        assert {layer.format for layer in sparse_layers(model).values()} == {"semi24"}
+
+    @pytest.mark.parametrize("shape", [(67, 130), (5, 7), (33, 129)])
+    @pytest.mark.parametrize("format", ["semi24_int8", "semi24_int4", "semi24_fp8"])
+    def test_what_is_saved_is_no_view_of_something_larger(self, format, shape):
+        model = torch.nn.Sequential(torch.nn.Linear(*shape[::-1]))
+        with torch.no_grad():
+            model[0].weight.mul_(sk.NM(2, 4).project(model[0].weight.abs()))
+        for tensor in sk.pack_(model, format).state_dict().values():
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+class TestNames:
+    def test_layers_that_are_none(self):
+        with pytest.raises(ValueError, match="layers: unknown layer 'nope': known are"):
+            sk.pack_(mlp(), layers=["nope"])
+        with pytest.raises(ValueError, match=r"layers='0.up' is a string: give a list"):
+            sk.pack_(mlp(), layers="0.up")
+
+    def test_scales_that_fit_nothing(self):
+        with pytest.raises(ValueError, match="scales: unknown layer 'nope'"):
+            sk.pack_(mlp(), "semi24_int8", scales={"nope": torch.ones(3)})
+        with pytest.raises(ValueError, match=r"scales\['0.up'\] is a list: give a tensor"):
+            sk.pack_(mlp(), "semi24_int8", scales={"0.up": [1.0]})
+        with pytest.raises(ValueError, match=r"^0.up: scales are \(3,\)"):
+            sk.pack_(mlp(), "semi24_int8", scales={"0.up": torch.ones(3)})
+
+    def test_a_packed_model_is_not_packed_otherwise(self):
+        model = sk.pack_(mlp(), backend="reference")
+        with pytest.raises(ValueError, match="is packed as semi24 already. Call unpack_ first"):
+            sk.pack_(model, "semi24_int8")
+        with pytest.raises(ValueError, match="runs on 'reference' already. Call unpack_ first"):
+            sk.pack_(model, backend="cpu")
+        assert sk.pack_(model, "semi24", "reference") is model

@@ -1,7 +1,15 @@
 """Modules that run packed weights, and how they take the places of dense ones."""
 
 from sparsekit.nn.fused import FusedGroup, disband_broken_groups_, fuse_
-from sparsekit.nn.replace import dense_layer, replace_layer_, sparse_layers, unwrapped, warn_of_fallbacks
+from sparsekit.nn.replace import (
+    dense_layer,
+    grid_of,
+    remember_grid_,
+    replace_layer_,
+    sparse_layers,
+    unwrapped,
+    warn_of_fallbacks,
+)
 from sparsekit.nn.sparse_linear import SparseLinear
 
 __all__ = [
@@ -10,6 +18,8 @@ __all__ = [
     "dense_layer",
     "disband_broken_groups_",
     "fuse_",
+    "grid_of",
+    "remember_grid_",
     "replace_layer_",
     "sparse_layers",
     "unwrapped",

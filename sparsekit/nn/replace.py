@@ -1,12 +1,14 @@
 """Put packed layers in the places of dense ones, and dense ones back."""
 
 import warnings
+from dataclasses import replace
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from sparsekit.backends import BACKENDS
+from sparsekit.backends import BACKENDS, resolve
+from sparsekit.formats import FORMATS
 from sparsekit.nn.sparse_linear import SparseLinear
 
 _HOOKS = (
@@ -44,10 +46,28 @@ def warn_of_fallbacks(model: nn.Module) -> None:
         name, layer = next(iter(slow.items()))
         why = "; ".join(f"{backend}: {reason}" for backend, reason in layer.reasons.items())
         warnings.warn(
-            f"{len(slow)} packed layers run on {layer.backend!r}, which is right but slower than dense, as {name}: "
-            f"{why}. Mend that, convert the model (bfloat16 and float32 run fast on CPUs), or keep it dense",
+            f"{len(slow)} packed layers run on {layer.backend!r}, which is right but much slower than dense, as "
+            f"{name}: {why}. {_remedy(layer)}",
             stacklevel=3,
         )
+
+
+def _remedy(layer: SparseLinear) -> str:
+    """What to change so that a layer on the reference runs fast: its format where that is at fault, else its dtype."""
+    device = next(iter(layer.prepared)).device
+    usable = [
+        name
+        for name in FORMATS
+        if name != layer.format
+        and name.startswith("semi24")
+        and layer.format.startswith("semi24")
+        and not resolve("auto", replace(layer.spec, format=name), device)[0].is_fallback
+    ]
+    if usable:
+        return f"On this machine {' and '.join(usable)} run fast in {str(layer.spec.dtype).removeprefix('torch.')}"
+    if device.type == "cpu" and layer.spec.dtype == torch.float16:
+        return "Convert it, as with model.to(torch.bfloat16), or keep it dense: CPUs are slow in float16"
+    return "Mend that, or keep the model dense"
 
 
 def replace_layer_(model: nn.Module, name: str, new: nn.Module) -> None:
@@ -58,6 +78,31 @@ def replace_layer_(model: nn.Module, name: str, new: nn.Module) -> None:
     for hooks in _HOOKS:
         setattr(new, hooks, getattr(old, hooks))  # the same dict, so that the handles still remove them
     parent._modules[attribute] = new
+
+
+def remember_grid_(layer: nn.Module, format: str, scales: Tensor) -> None:
+    """Note on a dense layer that its weight lies on a grid: `format` on `scales`; `grid_of` reads it."""
+    vars(layer)["_sparsekit_grid"] = (format, scales.detach())
+
+
+def grid_of(layer: nn.Module, w_NK: Tensor) -> tuple[str, Tensor] | None:
+    """Return (format, scales) if the layer's weight still lies where `remember_grid_` found it, else None.
+
+    Packing to this format on these scales loses nothing.
+    """
+    found: tuple[str, Tensor] | None = vars(layer).get("_sparsekit_grid")
+    if found is None:
+        return None
+    format, scales = found
+    kind = FORMATS.get(format)
+    if kind.count_violations(w_NK)[0]:
+        return None
+    scales = scales.to(w_NK.device)
+    try:
+        on_grid = kind.unpack(kind.pack(w_NK, scales))
+    except ValueError:  # of another shape: the layer has been resized since
+        return None
+    return (format, scales) if torch.equal(on_grid, w_NK) else None
 
 
 def dense_layer(layer: SparseLinear, w_NK: Tensor | None = None) -> nn.Module:
@@ -77,4 +122,6 @@ def dense_layer(layer: SparseLinear, w_NK: Tensor | None = None) -> nn.Module:
         dense.bias = layer.bias
     elif layer.source == "Conv1D":
         dense.bias = nn.Parameter(weight.new_zeros(layer.out_features))
+    if not FORMATS.get(layer.format).lossless:
+        remember_grid_(dense, layer.format, layer.packed().tensors["scales"].clone())
     return dense.train(layer.training)

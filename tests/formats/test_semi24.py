@@ -284,9 +284,9 @@ class TestPlantedFaults:
 
 
 class TestContract:
-    """What every format promises, over the table."""
+    """What every format for 2:4 weights promises, over the table."""
 
-    @pytest.mark.parametrize("name", list(FORMATS))
+    @pytest.mark.parametrize("name", [name for name in FORMATS if name.startswith("semi24")])
     def test_round_trip(self, name):
         kind = FORMATS.get(name)
         assert kind.name == name and kind.dtypes
@@ -310,5 +310,5 @@ class TestContract:
             assert any(backend.why_not(spec, torch.device("cpu")) is None for _, backend in BACKENDS.items())
 
     def test_unknown(self):
-        with pytest.raises(ValueError, match="unknown format 'semi-24': known are 'semi24', .* Did you mean 'semi24'"):
+        with pytest.raises(ValueError, match="unknown format 'semi-24': known are .*'semi24'.* Did you mean 'semi24'"):
             FORMATS.get("semi-24")
