@@ -127,6 +127,64 @@ class TestForward:
         close(grads[0] / grads[1].abs().max(), grads[1] / grads[1].abs().max())
 
 
+class TestNothingStaleInTheGraph:
+    """What is written to x between two layers of a group is seen by the second."""
+
+    def run(self, change=None):
+        """Return (what the compiled MLP of a fused model gives, what the dense one gives), each with `change`."""
+        dense = llama(num_layers=1)
+        x = torch.randn(3, 64, generator=torch.Generator().manual_seed(2)).to(DEVICE, DTYPE)
+        results = []
+        with torch.no_grad():
+            for model in (packed(dense, fuse=True), dense):
+                mlp = model.model.layers[0].mlp
+                handle = change(mlp) if change else None
+                step = torch.compile(mlp, fullgraph=True, backend="eager") if model is not dense else mlp
+                results.append(step(x.clone()))
+                if handle is not None:
+                    handle.remove()
+        return results
+
+    def test_by_a_function_that_is_compiled(self):
+        dense = llama(num_layers=1)
+        mlp, expected = packed(dense, fuse=True).model.layers[0].mlp, dense.model.layers[0].mlp
+
+        def run(x):
+            gate = mlp.gate_proj(x)
+            x.mul_(2)
+            return gate, mlp.up_proj(x)
+
+        x = torch.randn(3, 64, generator=torch.Generator().manual_seed(2)).to(DEVICE, DTYPE)
+        with torch.no_grad():
+            wanted = expected.gate_proj(x), expected.up_proj(2 * x)
+            for one, other in zip(torch.compile(run, fullgraph=True, backend="eager")(x), wanted, strict=True):
+                close(one, other)
+        assert mlp.gate_proj.group.product is None
+
+    def test_by_a_hook_of_a_layer(self):
+        def hook(layer, inputs):
+            inputs[0].mul_(2)
+
+        close(*self.run(lambda mlp: mlp.up_proj.register_forward_pre_hook(hook)))
+
+    def test_by_a_hook_of_all_modules(self):
+        from torch.nn.modules.module import register_module_forward_pre_hook
+
+        def change(mlp):
+            def hook(module, inputs):
+                if module is mlp.up_proj:
+                    inputs[0].mul_(2)
+
+            return register_module_forward_pre_hook(hook)
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of global hooks
+            close(*self.run(change))
+
+    def test_by_nobody(self):
+        close(*self.run())
+
+
 @pytest.mark.parametrize("fuse", [False, True], ids=["apart", "fused"])
 class TestDecoding:
     """Static cache, the step from token to token compiled."""

@@ -19,6 +19,7 @@ from sparsekit import SparseLinear, Unsupported
 from sparsekit.backends import BACKENDS
 from sparsekit.formats import FORMATS, WeightSpec
 from sparsekit.nn import fuse_, sparse_layers
+from sparsekit.nn.fused import SAME_INPUT
 from sparsekit.ops import SparseOp
 from tests.test_pack import prune24_, state_of
 
@@ -27,7 +28,10 @@ CPU = torch.device("cpu")
 
 
 class LlamaAttention(nn.Module):
-    """By name a class that is known; wide q, narrow k and v."""
+    """Made known below; wide q, narrow k and v. `between` stands for code after the first call; it may return an x."""
+
+    between = None
+    order = (0, 1, 2)
 
     def __init__(self, rows=(32, 16, 16), bias=False):
         super().__init__()
@@ -35,7 +39,16 @@ class LlamaAttention(nn.Module):
         self.o_proj = nn.Linear(32, K, bias=False)
 
     def forward(self, x):
-        return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
+        layers, results = (self.q_proj, self.k_proj, self.v_proj), [None] * 3
+        for i in self.order:
+            results[i] = layers[i](x)
+            if self.between and i == self.order[0]:
+                other = self.between(x)
+                x = x if other is None else other
+        return torch.cat(results, -1)
+
+
+SAME_INPUT[f"{__name__}.LlamaAttention"] = ("q_proj", "k_proj", "v_proj")
 
 
 class Wrapped(nn.Module):
@@ -173,19 +186,20 @@ class TestOneLaunch:
             assert launches(lambda: apart(x)) == [32, 16, 16]
             for _ in range(3):
                 assert launches(lambda: fused(x)) == [64]
-        assert fused.blocks[0].q_proj.group._product is None, "the product is kept alive"
+            assert fused.blocks[0].q_proj.group.product is None, "the product is kept alive"
 
     def test_in_any_order(self, launches):
         _, apart, fused = models()
         x = x_of(3)
         for order in ((2, 1, 0), (1, 2, 0), (0, 2, 1)):
-            assert launches(lambda order=order: [trio(fused)[i](x) for i in order]) == [64]
-            assert all(torch.equal(trio(fused)[i](x), trio(apart)[i](x)) for i in order)
+            fused.blocks[0].order = order
+            assert launches(lambda: fused(x)) == [64]
+            assert torch.equal(fused(x), apart(x))
 
     def test_a_layer_called_twice_computes_twice(self, launches):
         _, _, fused = models()
-        q, x = trio(fused)[0], x_of(3)
-        assert launches(lambda: (q(x), q(x))) == [64, 64]
+        fused.blocks[0].between = lambda x: [trio(fused)[0](x)] and None
+        assert launches(lambda: fused(x_of(3))) == [64, 64]
 
     def test_under_autocast(self, launches):
         _, _, fused = models(dtype=torch.bfloat16)
@@ -202,40 +216,216 @@ class TestOneLaunch:
         x = x_of(3)
         assert launches(lambda: model(x)) == [64]
         torch.testing.assert_close(model(x), dense(x))
+        attention = model.base_model.model.blocks[0]
+        handle = attention.q_proj.lora_A["default"].register_forward_hook(lambda *_: None)
+        assert launches(lambda: model(x)) == [64, 64, 64], "a hook within an adapter could write to x"
+        handle.remove()
+        assert launches(lambda: model(x)) == [64]
         model(x).sum().backward()
         assert all(p.grad is not None for name, p in model.named_parameters() if "lora_" in name)
 
 
-class TestNeverStale:
-    """`k` after `q`, with something changed between the two."""
+class Outside:
+    """Ways to write to x that no version tells of, or that a compiler does not show."""
 
-    def after(self, change, bias=False, mode=torch.no_grad):
-        dense, apart, fused = models(bias)
+    @staticmethod
+    def in_place(x):
+        x.mul_(2)
+
+    @staticmethod
+    def data(x):
+        x.data.copy_(x.flip(0))
+
+    @staticmethod
+    def dlpack(x):
+        torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(x)).mul_(2)
+
+
+class TestOutsideOfTheParent:
+    """Layers called by hand share nothing."""
+
+    @pytest.mark.parametrize("bias", [True, False])
+    @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+    @pytest.mark.parametrize("write", [Outside.in_place, Outside.data, Outside.dlpack])
+    def test_x_was_written_to(self, write, mode, bias):
+        _, apart, fused = models(bias)
         with mode():
             x = x_of(3)
             trio(fused)[0](x)
-            other = change(x, fused)
-            x = x if other is None else other
-            change(x_of(3), apart)  # to what is not x
-            got, expected = trio(fused)[1](x), trio(apart)[1](x)
-            assert torch.equal(got, expected)
-            return got
+            write(x)
+            assert torch.equal(trio(fused)[1](x), trio(apart)[1](x))
+
+    def test_x_was_written_to_in_a_compiled_function(self):
+        _, apart, fused = models()
+
+        def run(x):
+            q = trio(fused)[0](x)
+            x.mul_(2)
+            return q, trio(fused)[1](x)
+
+        torch._dynamo.reset()
+        with torch.no_grad():
+            x = x_of(3)
+            expected = trio(apart)[0](x), trio(apart)[1](2 * x)
+            got = torch.compile(run, fullgraph=True, backend="eager")(x)
+        assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+
+    @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+    def test_nothing_is_kept(self, mode):
+        _, _, fused = models()
+        gc.disable()
+        try:
+            with mode():
+                x = x_of(3).requires_grad_(mode is torch.enable_grad)
+                y = trio(fused)[0](x)
+                held = weakref.ref(x), weakref.ref(y if y._base is None else y._base)
+                del x, y
+                assert held[0]() is None and held[1]() is None
+        finally:
+            gc.enable()
+
+    def test_nothing_is_kept_when_the_parent_stops_half_way(self):
+        _, apart, fused = models()
+        attention = fused.blocks[0]
+
+        def stop(x):
+            assert attention.q_proj.group.product.source is x, "the scope was not open"
+            raise ValueError("half way")
+
+        attention.between = stop
+        x = x_of(3)
+        with torch.no_grad(), pytest.raises(ValueError, match="half way"):
+            fused(x)
+        assert attention.q_proj.group.product is None
+        with torch.no_grad():
+            x.data.mul_(2)
+            assert torch.equal(trio(fused)[1](x), trio(apart)[1](x))
+
+    def test_threads_have_scopes_of_their_own(self):
+        _, _, fused = models()
+        attention, seen = fused.blocks[0], []
+
+        def look(x):
+            thread = threading.Thread(target=lambda: seen.append(attention.q_proj.group.product))
+            thread.start()
+            thread.join()
+
+        attention.between = look
+        fused(x_of(3))
+        assert seen == [None]
+
+
+class TestHooksInBetween:
+    """Code that is not the class's own could write to x where nothing tells: each layer computes its own then."""
+
+    MODES = pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+    WRITES = pytest.mark.parametrize("write", [Outside.in_place, Outside.data, Outside.dlpack])
+
+    def check(self, apart, fused, mode):
+        with mode():
+            got, expected = fused(x_of(3)), apart(x_of(3))
+        assert torch.equal(got, expected)
+
+    @MODES
+    @WRITES
+    def test_of_a_layer(self, write, mode):
+        _, apart, fused = models()
+        for model in (apart, fused):
+            trio(model)[1].register_forward_pre_hook(lambda layer, inputs: write(inputs[0]))
+        self.check(apart, fused, mode)
+
+    @MODES
+    @WRITES
+    def test_of_all_modules(self, write, mode):
+        from torch.nn.modules.module import register_module_forward_pre_hook
+
+        _, apart, fused = models()
+        seconds = [trio(model)[1] for model in (apart, fused)]
+
+        def hook(module, inputs):
+            if any(module is second for second in seconds):
+                write(inputs[0])
+
+        handle = register_module_forward_pre_hook(hook)
+        try:
+            self.check(apart, fused, mode)
+        finally:
+            handle.remove()
+
+    @MODES
+    def test_of_the_parent(self, mode):
+        """One that calls a layer, before the parent or after it."""
+        _, apart, fused = models()
+        seen = {}
+
+        def tamper(attention, inputs, *output):
+            attention.v_proj(inputs[0])
+            inputs[0].data.mul_(2)
+            seen.setdefault(attention is fused.blocks[0], []).append(attention.k_proj(inputs[0]))
+
+        for model in (apart, fused):
+            model.blocks[0].register_forward_pre_hook(tamper)
+            model.blocks[0].register_forward_hook(tamper)
+            model.blocks[0].register_forward_hook(tamper, prepend=True)
+        self.check(apart, fused, mode)
+        assert len(seen[True]) == 3
+        assert all(torch.equal(a, b) for a, b in zip(seen[True], seen[False], strict=True))
+
+    @MODES
+    def test_a_forward_set_on_a_layer(self, mode):
+        _, apart, fused = models()
+        for model in (apart, fused):
+            k = trio(model)[1]
+            k.forward = lambda x, k=k: SparseLinear.forward(k, x.mul_(2))
+        self.check(apart, fused, mode)
+
+    @MODES
+    def test_a_forward_set_on_the_parent(self, mode):
+        _, apart, fused = models()
+        for model in (apart, fused):
+            attention = model.blocks[0]
+            attention.forward = lambda x, a=attention: torch.cat([a.q_proj(x), a.k_proj(x.mul_(2)), a.v_proj(x)], -1)
+        self.check(apart, fused, mode)
+
+    @MODES
+    def test_a_wrapper(self, mode):
+        class Doubling(nn.Module):
+            def __init__(self, base_layer):
+                super().__init__()
+                self.base_layer = base_layer
+
+            def forward(self, x):
+                return self.base_layer(x.mul_(2))
+
+        _, apart, fused = models()
+        for model in (apart, fused):
+            model.blocks[0].k_proj = Doubling(trio(model)[1])
+        self.check(apart, fused, mode)
+
+    def test_a_scope_that_nothing_would_close_does_not_open(self, launches):
+        _, apart, fused = models()
+        fused.blocks[0]._forward_hooks.clear()
+        assert launches(lambda: fused(x_of(3))) == [64, 64, 64]
+        assert torch.equal(fused(x_of(3)), apart(x_of(3))) and trio(fused)[0].group.product is None
+
+
+class TestNeverStale:
+    """`k` after `q` in one forward of their parent, with something changed between the two."""
+
+    def after(self, change, bias=False, mode=torch.no_grad):
+        _, apart, fused = models(bias)
+        for model in (apart, fused):
+            model.blocks[0].between = lambda x, model=model: change(x, model)
+        with mode():
+            assert torch.equal(fused(x_of(3))[:, 32:], apart(x_of(3))[:, 32:])
 
     def test_x_was_written_to(self):
         self.after(lambda x, model: [x.mul_(2)] and None)
 
-    def test_x_was_written_to_by_a_hook_where_tensors_have_no_version(self):
-        for mode in (torch.inference_mode, torch.no_grad):
-            _, apart, fused = models()
-            for model in (apart, fused):
-                trio(model)[1].register_forward_pre_hook(lambda layer, inputs: [inputs[0].mul_(2)] and None)
-            with mode():
-                assert torch.equal(fused(x_of(3)), apart(x_of(3)))
-
     def test_x_is_another_of_the_same_values_or_in_the_same_memory(self):
         self.after(lambda x, model: x.clone())
         self.after(lambda x, model: x.view(3, K))
-        self.after(lambda x, model: x[:2])
+        self.after(lambda x, model: x.flip(0))
 
     def test_a_weight_was_loaded(self):
         _, other, _ = models()
@@ -265,14 +455,14 @@ class TestNeverStale:
         assert torch.equal(fused(x), apart(x))
 
     def test_gradients_were_switched_on(self):
-        _, apart, fused = models()
-        x = x_of(3).requires_grad_()
-        with torch.no_grad():
-            trio(fused)[0](x)
-        k = trio(fused)[1](x)
-        assert k.requires_grad
-        k.sum().backward()
-        assert torch.equal(x.grad, torch.autograd.grad(trio(apart)[1](x).sum(), x)[0])
+        grads = []
+        for model in models()[1:]:
+            x = x_of(3).requires_grad_()
+            model.blocks[0].between = lambda x: torch.set_grad_enabled(True) and None
+            with torch.no_grad():
+                model(x)[:, 32:].sum().backward()
+            grads.append(x.grad)
+        torch.testing.assert_close(grads[1], grads[0])
 
     def test_a_bias_was_taken_away(self):
         _, _, fused = models(bias=True)
@@ -378,24 +568,52 @@ class TestModel:
     def test_hooks_run(self, launches):
         _, apart, fused = models()
         seen = []
-        trio(fused)[1].register_forward_hook(lambda layer, inputs, output: seen.append(output))
+        attention = fused.blocks[0]
+        attention.register_forward_hook(lambda layer, inputs, output: seen.append(output))
         x = x_of(3)
+        assert launches(lambda: fused(x)) == [64], "a hook after all of them writes to nothing"
+        handle = attention.k_proj.register_forward_hook(lambda layer, inputs, output: seen.append(output))
+        assert launches(lambda: fused(x)) == [64, 64, 64], "one in between could write to x"
+        assert torch.equal(seen[1], trio(apart)[1](x)) and torch.equal(seen[0], seen[2])
+        handle.remove()
         assert launches(lambda: fused(x)) == [64]
-        assert torch.equal(seen[0], trio(apart)[1](x))
+
+    @pytest.mark.parametrize("leave", ["unpack", "one", "meta"])
+    def test_no_hooks_are_left_behind(self, leave):
+        from sparsekit.pack import replace_by_dense_
+
+        _, _, fused = models()
+        attention = fused.blocks[0]
+        assert attention._forward_hooks and attention._forward_pre_hooks
+        if leave == "unpack":
+            sk.unpack_(fused)
+        elif leave == "one":
+            replace_by_dense_(fused, ["blocks.0.k_proj"])
+        else:
+            fused.to("meta")
+        assert not attention._forward_hooks and not attention._forward_pre_hooks
+        assert not attention._forward_hooks_always_called
 
 
 class TestCopiesAndConversions:
     def test_deepcopy(self, launches):
         _, apart, fused = models(bias=True)
         x = x_of(3).requires_grad_()
-        trio(fused)[0](x)  # leaves a product, with a gradient, for the others
-        twin = copy.deepcopy(fused)
+        twins = []
+        fused.blocks[0].between = lambda x: twins.append(copy.deepcopy(fused))  # with a product that has a gradient
+        fused(x)
+        fused.blocks[0].between = twins[0].blocks[0].between = None
+        twin = twins[0]
+        assert trio(twin)[0].group.product is None and len(twin.blocks[0]._forward_hooks) == 1
         assert_fused(twin)
         assert trio(twin)[0].group is not trio(fused)[0].group
         for layer in trio(twin):
             layer.bias.data.zero_()
         assert launches(lambda: twin(x)) == [64]
+        assert launches(lambda: fused(x)) == [64]
         assert torch.equal(fused(x), apart(x)) and not torch.equal(twin(x), apart(x))
+        sk.unpack_(twin)
+        assert not twin.blocks[0]._forward_hooks and fused.blocks[0]._forward_hooks
 
     def test_deepcopy_of_one_layer(self):
         _, apart, fused = models(bias=True)
@@ -415,6 +633,9 @@ class TestCopiesAndConversions:
                 64,
             ]
             assert torch.equal(again(x_of(3)), apart(x_of(3)))
+            sk.unpack_(again)
+            assert not again.blocks[0]._forward_hooks and not again.blocks[0]._forward_pre_hooks
+            assert torch.isfinite(again(x_of(3))).all()
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     def test_to_another_dtype(self, dtype):
@@ -547,7 +768,6 @@ class TestChoice:
     def test_a_layer_that_is_absent(self):
         def absent(attention):
             attention.v_proj = None
-            attention.forward = lambda x: torch.cat([attention.q_proj(x), attention.k_proj(x)], -1)
 
         torch.manual_seed(0)
         model = prune24_(Wrapped(LlamaAttention()))
@@ -585,12 +805,16 @@ class TestChoice:
         assert torch.isfinite(model(x_of(3))).all()
 
     def test_unknown_modules_are_left_alone(self):
+        """A subclass, or a class of a known name from elsewhere: who knows what they do."""
+
         class Another(LlamaAttention):
             pass
 
-        model = prune24_(Wrapped(Another()))
-        with pytest.warns(UserWarning, match="fused nothing: no module of the model is of a class in"):
-            sk.pack_(model, fuse=True)
+        same_name = type("LlamaAttention", (LlamaAttention,), {"__module__": "transformers_modules.llama"})
+        for kind in (Another, same_name):
+            model = prune24_(Wrapped(kind()))
+            with pytest.warns(UserWarning, match="fused nothing: no module of the model is of a class in"):
+                sk.pack_(model, fuse=True)
 
     def test_twice_is_once(self):
         _, _, fused = models()
@@ -627,20 +851,18 @@ def test_every_class_that_is_known_exists_and_reads_one_input():
     import inspect
     import re
 
-    from sparsekit.nn.fused import SAME_INPUT
-
-    modules = "llama mistral mixtral qwen2 qwen3 gemma gemma2 gemma3 smollm3 granite".split()
-    modules += "opt bert roberta xlm_roberta electra distilbert".split()
-    found = {}
-    for name in modules:
-        module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
-        found |= {key: getattr(module, key) for key in SAME_INPUT if key in vars(module)}
-    assert found.keys() == SAME_INPUT.keys()
-    for key, kind in found.items():
+    assert len(SAME_INPUT) > 20
+    for path, layers in SAME_INPUT.items():
+        module, _, name = path.rpartition(".")
+        if module == __name__:
+            continue
+        kind = getattr(importlib.import_module(module), name)
+        assert kind.__module__ == kind.forward.__module__ == module and kind.__qualname__ == name
         source = inspect.getsource(kind.forward)
-        inputs = {re.search(rf"self\.{layer}\((\w+)\)", source).group(1) for layer in SAME_INPUT[key]}
-        assert len(inputs) == 1, f"{key} calls its layers with {inputs}"
-        assert not re.search(rf"\b{inputs.pop()}\s*(\+=|\*=|\[.*\]\s*=[^=])", source), f"{key} writes to its input"
+        inputs = {re.search(rf"self\.{layer}\((\w+)\)", source).group(1) for layer in layers}
+        assert len(inputs) == 1, f"{path} calls its layers with {inputs}"
+        x = inputs.pop()
+        assert not re.search(rf"\b{x}\s*(\+=|\*=|\[.*\]\s*=[^=])|\b{x}\.\w+_\(", source), f"{path} writes to its input"
 
 
 def saved_and_loaded(model):
