@@ -1,10 +1,12 @@
 """Before anything is spent: what can run here, how fast this machine is, and which layers would gain.
 
-Nothing is estimated: the layers of the model in question are run here, dense and sparse, on random weights.
+Nothing is estimated: the layers of the model in question are run here, dense and sparse, on random weights, in the
+formats of a packed checkpoint or in the one that is asked for.
 """
 
 import os
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,12 @@ from safetensors import safe_open
 from torch import nn
 
 from sparsekit.backends import BACKENDS
-from sparsekit.benchmarking import LayerShape, environment, get_shapes, measure_ceilings, measure_shapes
+from sparsekit.benchmarking import LayerShape, environment, get_shapes, in_format, measure_ceilings, measure_shapes
 from sparsekit.benchmarking.machine import device_of
-from sparsekit.benchmarking.shapes import SHAPES, group_shapes
+from sparsekit.benchmarking.shapes import SHAPES
 from sparsekit.benchmarking.timing import noise_notes
 from sparsekit.errors import Unsupported
-from sparsekit.formats import WeightSpec
+from sparsekit.hf import QUANT_METHOD
 from sparsekit.nn import SparseLinear
 from sparsekit.progress import progress_bar
 from sparsekit.registry import unknown
@@ -36,12 +38,13 @@ def doctor(
     num_tokens: Sequence[int] = DEFAULT_NUM_TOKENS,
     device: torch.device | str | None = None,
     backend: str = "auto",
+    format: str = "auto",
     targets: Any = ("Linear",),
     ignore: Any = ("lm_head",),
     max_seconds: float = 120.0,
     progress: bool = True,
 ) -> Report:
-    """Return what can run 2:4 weights here, this machine's measured ceilings, and the gain of each layer shape.
+    """Return what can run sparse weights here, this machine's measured ceilings, and the gain of each layer shape.
 
     Args:
         model: an `nn.Module` (on the meta device too), a transformers config, a local folder or hub name, a name in
@@ -51,6 +54,8 @@ def doctor(
         num_tokens: numbers of tokens M to try; 1 is decoding one sequence, hundreds are a prompt.
         device: None takes the model's own, else the GPU where there is one.
         backend: who runs the sparse side.
+        format: of the sparse side. "auto" takes for each packed layer its own, blocks at the density that it has, for
+            the other layers of such a model the one that most layers have, and semi24 for dense models and shapes.
         targets, ignore: which layers of the model would be pruned; packed ones count as the dense ones they stand for.
         max_seconds: bound on the measurements; shapes left over are named in a note.
         progress: show a bar.
@@ -58,15 +63,17 @@ def doctor(
     if any(m < 1 for m in num_tokens) or not num_tokens:
         raise ValueError(f"num_tokens={tuple(num_tokens)}: numbers of tokens of at least 1, as (1, 64)")
     shapes, own_dtype, own_device = _read_model(model, targets, ignore)
+    shapes, probed = in_format(shapes, format), in_format(shapes or [LayerShape("probe", 4096, 4096)], format)
     device = torch.device(device or own_device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype, notes = parse_dtype(dtype), list[str]()
     if dtype is None and not isinstance(model, nn.Module):
         dtype, notes = default_dtype(own_dtype, device)
     dtype = dtype or own_dtype or torch.bfloat16
-    report = Report(f"sparsekit doctor: 2:4 weights in {_short(dtype)} on {device}")
+    formats = ", ".join(dict.fromkeys(shape.format for shape in probed))
+    report = Report(f"sparsekit doctor: {formats} weights in {_short(dtype)} on {device}")
     report.summary |= _machine(device, dtype)
-    probe = shapes[0] if shapes else LayerShape("probe", 4096, 4096)
-    report.summary |= _backends(WeightSpec("semi24", probe.out_features, probe.in_features, dtype), device)
+    for shape in {shape.format: shape for shape in reversed(probed)}.values():
+        report.summary |= _backends(shape, dtype, device, suffix=f", {shape.format}" if ", " in formats else "")
     if not shapes:
         report.notes.append("name a model, or --shapes llama-3-8b, to see what each of its layers would gain here")
         return report
@@ -138,7 +145,7 @@ def _read_model(
         device = None if own_device.type == "meta" else own_device
         return _group(layers), own_dtype if own_dtype.is_floating_point else None, device
     if hasattr(model, "to_dict") and hasattr(model, "model_type"):
-        return _group(_prunable(empty_model(model), targets, ignore)), own_dtype_of(model, folder), None
+        return _group(_prunable(_as_described(model), targets, ignore)), own_dtype_of(model, folder), None
     if isinstance(model, Sequence):
         return _listed(model), None, None
     raise ValueError(
@@ -189,14 +196,31 @@ def _entries(entries: Any) -> list[Entry]:
 
 
 def _group(layers: dict[str, nn.Module]) -> list[LayerShape]:
-    return group_shapes([(name, *_shape_NK(layer)) for name, layer in layers.items()])
-
-
-def _shape_NK(layer: nn.Module) -> tuple[int, int]:
-    if isinstance(layer, SparseLinear):
-        return layer.out_features, layer.in_features
-    N, K = weight_NK(layer).shape
-    return N, K
+    """Return one shape for each N, K and format; blocks of one size count as one format, with their mean number."""
+    packed = [layer.spec for layer in layers.values() if isinstance(layer, SparseLinear)]
+    usual = Counter(spec.format for spec in packed if spec.block is None).most_common(1)
+    format_of_dense = usual[0][0] if usual else "semi24"
+    groups: dict[tuple[int, int, str, tuple[int, int] | None], list[tuple[str, int]]] = {}
+    for name, layer in layers.items():
+        if isinstance(layer, SparseLinear):
+            key = (layer.out_features, layer.in_features, layer.format, layer.spec.block)
+            num_blocks = layer.spec.num_blocks or 0
+        else:
+            N, K = weight_NK(layer).shape
+            key, num_blocks = (N, K, format_of_dense, None), 0
+        groups.setdefault(key, []).append((name.rpartition(".")[2], num_blocks))
+    return [
+        LayerShape(
+            ", ".join(dict.fromkeys(name for name, _ in members)),
+            N,
+            K,
+            len(members),
+            format,
+            block,
+            None if block is None else round(sum(num for _, num in members) / len(members)),
+        )
+        for (N, K, format, block), members in groups.items()
+    ]
 
 
 def read_config(name: str) -> Any:
@@ -232,6 +256,19 @@ def empty_model(config: Any) -> nn.Module:
             return transformers.AutoModel.from_config(config)
 
 
+def _as_described(config: Any) -> nn.Module:
+    """Return the model of a config on the meta device, with the packed layers that the config describes."""
+    model = empty_model(config)
+    described = getattr(config, "quantization_config", None) or {}
+    described = described if isinstance(described, dict) else described.to_dict()
+    if described.get("quant_method") == QUANT_METHOD:
+        from sparsekit.hf.quantizer import check_described, swap_in_empty_
+
+        check_described(described.get("layers", {}))
+        swap_in_empty_(model, described["layers"])
+    return model
+
+
 def _machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     facts, ceilings = environment(device), measure_ceilings(device)
     where = facts["gpu"] if device.type == "cuda" else f"{facts['cpu']}, {facts['threads']} threads, {facts['isa']}"
@@ -239,11 +276,13 @@ def _machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     return {"machine": where, "memory read, GB/s": round(ceilings.read_gb_s, 1), **matmul}
 
 
-def _backends(spec: WeightSpec, device: torch.device) -> dict[str, str]:
-    answers = {name: backend.why_not(spec, device) for name, backend in BACKENDS.items()}
+def _backends(shape: LayerShape, dtype: torch.dtype, device: torch.device, suffix: str) -> dict[str, str]:
+    answers = {name: backend.why_not(shape.spec(dtype), device) for name, backend in BACKENDS.items()}
     usable = [name for name, reason in answers.items() if reason is None]
     return {
-        f"backend {name}": (f"no: {reason}" if reason else "yes" + (", chosen by auto" if name == usable[0] else ""))
+        f"backend {name}{suffix}": (
+            f"no: {reason}" if reason else "yes" + (", chosen by auto" if name == usable[0] else "")
+        )
         for name, reason in answers.items()
     }
 

@@ -31,9 +31,11 @@ from sparsekit.benchmarking import (
     time_layers,
     time_pair,
 )
+from sparsekit.benchmarking.layers import random_block
 from sparsekit.benchmarking.models import verdict
 from sparsekit.benchmarking.timing import noise_notes
 from sparsekit.errors import SparsekitError, Unsupported
+from sparsekit.formats import FORMATS, WeightSpec
 from sparsekit.nn import sparse_layers
 
 QUICK = {"prompt_length": 8, "new_tokens": 3, "rounds": 1, "progress": False}
@@ -137,6 +139,28 @@ def test_random24_keeps_two_of_four(N, K):
     weight = random24(N, K, torch.float32)
     assert weight.shape == (N, K)
     assert ((weight != 0)[:, : K // 4 * 4].view(N, -1, 4).sum(-1) == 2).all()
+
+
+@pytest.mark.parametrize("N, K, num_blocks", [(64, 96, 5), (300, 50, 7), (16, 16, 0), (40, 72, 15)])
+def test_random_block_stores_what_was_asked_for(N, K, num_blocks):
+    spec = WeightSpec("block", N, K, torch.bfloat16, (16, 16), num_blocks)
+    weight = random_block(spec)
+    blocks = nn.functional.pad(weight, (0, -K % 16, 0, -N % 16)).view(-(-N // 16), 16, -(-K // 16), 16)
+    filled = (blocks != 0).float().mean((1, 3)).flatten()
+    assert weight.shape == (N, K) and weight.dtype is torch.bfloat16 and not weight.signbit()[weight == 0].any()
+    assert int((filled > 0).sum()) == num_blocks
+    with pytest.raises(ValueError, match="lacks block"):
+        random_block(WeightSpec("block", N, K, torch.bfloat16))
+
+
+@pytest.mark.parametrize("format", [*FORMATS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pairs_hold_the_same_weight_in_every_format(format, dtype):
+    block = {"block": (32, 16), "num_blocks": 4} if format == "block" else {}
+    dense, sparse = build_pair(LayerShape("q", 70, 66, format=format, **block), dtype, backend="reference")
+    for one, other in zip(dense, sparse, strict=True):
+        assert other.format == format and torch.equal(one.weight, other.to_dense())
+    assert len({layer.weight.data_ptr() for layer in dense}) == len(dense)
 
 
 def test_build_pair_refuses_what_memory_does_not_hold(monkeypatch):

@@ -1,5 +1,7 @@
 """The doctor on everything it takes, and what it refuses."""
 
+import importlib
+
 import pytest
 import torch
 from torch import nn
@@ -11,6 +13,7 @@ from sparsekit.benchmarking import LayerShape, layers
 from sparsekit.doctor import advice, default_dtype, doctor, parse_dtype
 from sparsekit.nn import sparse_layers
 
+doctor_module = importlib.import_module("sparsekit.doctor")
 QUICK = {"num_tokens": (1, 2), "max_seconds": 0.5, "progress": False, "device": "cpu"}
 
 
@@ -68,9 +71,9 @@ def test_fp16_checkpoints_are_measured_as_prune_loads_them(tmp_path):
     for model in (half, tmp_path):
         report = doctor(model, **QUICK)
         assert "bfloat16" in report.title and any("float16" in note and "--dtype" in note for note in report.notes)
-    assert "2:4 weights in float16" in doctor(half, dtype="float16", **QUICK).title
+    assert "semi24 weights in float16" in doctor(half, dtype="float16", **QUICK).title
     in_memory = doctor(nn.Sequential(nn.Linear(16, 8)).half(), **QUICK)
-    assert "2:4 weights in float16" in in_memory.title
+    assert "semi24 weights in float16" in in_memory.title
 
 
 def test_default_dtype():
@@ -91,6 +94,47 @@ def test_packed_model_in_memory(bias):
     assert {row["shape"] for row in report.rows} == {"16x32", "24x16"}
     assert "bfloat16 on cpu" in report.title
     assert {row["shape"] for row in doctor(model, targets=("1",), **options).rows} == {"24x16"}
+
+
+@pytest.mark.parametrize("form", ["semi24_int8", "semi24_int4", "block"])
+@pytest.mark.parametrize("where", ["folder", "config", "memory"])
+def test_packed_checkpoints_are_measured_in_their_own_format(form, where, tmp_path):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config())
+    pattern, asked = ("16x16", "auto") if form == "block" else ("2:4", form)
+    sk.sparsify(model, pattern, method="magnitude", sparsity=0.5, format=asked, backend="reference", progress=False)
+    sk.save(model, tmp_path)
+    source = {"folder": tmp_path, "config": model.config, "memory": model}[where]
+    report = doctor(source, **QUICK)
+    packed = [layer.spec for layer in sparse_layers(model).values()]
+    assert {row["format"] for row in report.rows} == {form} and f": {form} weights" in report.title
+    assert sum(row["count"] for row in report.rows if row["M"] == 1) == len(packed) == 14
+    asked_for = doctor(source, format="semi24", **QUICK)
+    assert {row["format"] for row in asked_for.rows} == {"semi24"}
+
+
+def test_blocks_are_timed_at_the_density_they_have(monkeypatch):
+    seen = []
+    monkeypatch.setattr(doctor_module, "measure_shapes", lambda shapes, *_, **__: seen.extend(shapes) or [])
+    mixed = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(3)))
+    for layer, kept in zip(mixed, (2, 4, 16), strict=True):
+        keep = torch.zeros(16, dtype=torch.bool)
+        keep[torch.randperm(16)[:kept]] = True
+        layer.weight.data *= keep.view(4, 4).repeat_interleave(16, 0).repeat_interleave(16, 1)
+    sk.pack_(mixed, "auto", "reference")
+    specs = [layer.spec for layer in sparse_layers(mixed).values()]
+    doctor(mixed, **QUICK)
+    by_block = {shape.block: shape for shape in seen}
+    assert len(specs) == 2 and sum(shape.count for shape in seen) == 3
+    for block in {spec.block for spec in specs}:
+        numbers = [spec.num_blocks for spec in specs if spec.block == block]
+        assert by_block[block].num_blocks == round(sum(numbers) / len(numbers))
+    assert by_block[None].format == "semi24"  # the dense layer: blocks tell nothing of it
+
+
+def test_a_format_that_is_asked_for():
+    report = doctor([(32, 128)], format="semi24_int4", **QUICK)
+    assert {row["format"] for row in report.rows} == {"semi24_int4"} and "semi24_int4 weights" in report.title
 
 
 def test_heads_by_name():
@@ -132,6 +176,8 @@ def test_package_exports_the_function():
         (3.5, {}, "not a float"),
         (nn.Sequential(nn.Linear(4, 4)), {"targets": ("Conv",)}, "no layer to prune"),
         ([(16, 8)], {"backend": "gpu"}, "unknown backend 'gpu'"),
+        ([(16, 8)], {"format": "semi24_int5"}, "unknown format 'semi24_int5': known are 'auto', "),
+        ([(16, 8)], {"format": "block"}, "how many blocks are stored"),
     ],
 )
 def test_refuses(model, options, message):

@@ -1,6 +1,6 @@
 """Dense against sparse on this machine: honest timing, measured ceilings, layers, and whole models."""
 
-from sparsekit.benchmarking.layers import LayerShape, build_pair, measure_shapes, random24, time_layers
+from sparsekit.benchmarking.layers import LayerShape, build_pair, in_format, measure_shapes, random24, time_layers
 from sparsekit.benchmarking.machine import Ceilings, cache_bytes, environment, free_bytes, measure_ceilings
 from sparsekit.benchmarking.models import benchmark, dense_twin
 from sparsekit.benchmarking.shapes import SHAPES, get_shapes
@@ -20,6 +20,7 @@ __all__ = [
     "environment",
     "free_bytes",
     "get_shapes",
+    "in_format",
     "measure_ceilings",
     "measure_shapes",
     "random24",

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,26 +11,33 @@ from torch import Tensor, nn
 from sparsekit.benchmarking.machine import cache_bytes, free_bytes, measure_ceilings
 from sparsekit.benchmarking.timing import Comparison, rotate, time_pair
 from sparsekit.errors import SparsekitError, Unsupported
+from sparsekit.formats import FORMATS, WeightSpec
 from sparsekit.nn import SparseLinear
+from sparsekit.registry import unknown
 
 MAX_COPIES = 16
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Layers of a model that share one weight shape.
+    """Layers of a model that share one weight shape and packed format.
 
     Attributes:
         name: how the model calls them, as "q_proj, o_proj".
         out_features: N.
         in_features: K.
         count: how many of them one pass through the model runs.
+        format: in which the sparse side is packed.
+        block, num_blocks: of format "block": rows and columns of a block, and how many of them are stored.
     """
 
     name: str
     out_features: int
     in_features: int
     count: int = 1
+    format: str = "semi24"
+    block: tuple[int, int] | None = None
+    num_blocks: int | None = None
 
     def __str__(self) -> str:
         return f"{self.out_features}x{self.in_features}"
@@ -38,6 +45,28 @@ class LayerShape:
     def nbytes(self, dtype: torch.dtype) -> int:
         """Return the bytes of one dense weight."""
         return self.out_features * self.in_features * dtype.itemsize
+
+    def spec(self, dtype: torch.dtype) -> WeightSpec:
+        """Return the packed weight that is timed."""
+        return WeightSpec(self.format, self.out_features, self.in_features, dtype, self.block, self.num_blocks)
+
+
+def in_format(shapes: Sequence[LayerShape], format: str) -> list[LayerShape]:
+    """Return the shapes with another format of 2:4 weights; "auto" leaves each its own.
+
+    Raises:
+        ValueError: no such format, or it is "block", whose speed a shape alone does not tell.
+    """
+    if format == "auto":
+        return list(shapes)
+    if format == "block":
+        raise ValueError(
+            "format='block': its speed depends on how many blocks are stored, which a shape does not tell. Prune to "
+            "blocks and save, then name that checkpoint"
+        )
+    if format not in FORMATS:
+        raise ValueError(unknown("format", format, ["auto", *FORMATS]))
+    return [replace(shape, format=format, block=None, num_blocks=None) for shape in shapes]
 
 
 def random24(N: int, K: int, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> Tensor:
@@ -52,28 +81,48 @@ def random24(N: int, K: int, dtype: torch.dtype, device: torch.device | str = "c
     return values.to(dtype).to(device).repeat(-(-N // rows), 1)[:N].contiguous()
 
 
+def random_block(spec: WeightSpec, device: torch.device | str = "cpu", seed: int = 0) -> Tensor:
+    """Return a random weight [N, K] of format "block" that stores as many blocks as `spec` says."""
+    if spec.block is None or spec.num_blocks is None:
+        raise ValueError(f"{spec} lacks block and num_blocks: give the shape both")
+    N, K, (BN, BK) = spec.out_features, spec.in_features, spec.block
+    generator = torch.Generator().manual_seed(seed)
+    NB, KB = -(-N // BN), -(-K // BK)
+    keep = torch.zeros(NB * KB, dtype=torch.bool)
+    keep[torch.randperm(NB * KB, generator=generator)[: spec.num_blocks]] = True
+    keep_NK = keep.view(NB, KB).repeat_interleave(BN, 0)[:N].repeat_interleave(BK, 1)[:, :K]
+    rows = torch.randn(min(N, 256), K, generator=generator) / math.sqrt(max(K, 1) / 2)
+    w_NK = rows.to(spec.dtype).repeat(-(-N // len(rows)), 1)[:N]
+    return w_NK.mul_(keep_NK).add_(0.0).to(device)  # + 0.0: no -0.0, which packs as a value
+
+
 def build_pair(
     shape: LayerShape,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     *,
-    format: str = "semi24",
     backend: str = "auto",
 ) -> tuple[list[nn.Linear], list[SparseLinear]]:
     """Return dense and packed copies of one random layer, enough of them that none is still in the cache.
 
+    Where the format rounds, the dense copies hold the rounded weights: both sides then have the same answer.
+
     Raises:
         Unsupported: the memory does not hold one copy of each.
     """
-    w_NK = random24(shape.out_features, shape.in_features, dtype, device)
+    if shape.format == "block":
+        w_NK = random_block(shape.spec(dtype), device)
+    else:
+        w_NK = random24(shape.out_features, shape.in_features, dtype, device)
     room = free_bytes(device) // 2
     if room < 2 * w_NK.nbytes:
         raise Unsupported(f"{shape} in {dtype} needs {4 * w_NK.nbytes / 1e9:.1f} GB free to be timed")
     needed = 1 if torch.device(device).type == "cuda" else math.ceil(3 * cache_bytes(device) / max(w_NK.nbytes // 2, 1))
     copies = max(1, min(needed, MAX_COPIES, room // max(2 * w_NK.nbytes, 1)))
-    dense = [_linear(w_NK if i == 0 else w_NK.clone()) for i in range(copies)]
-    sparse = [SparseLinear.from_linear(layer, format=format, backend=backend) for layer in dense]
-    return dense, sparse
+    sparse = [SparseLinear.from_dense(w_NK, format=shape.format, backend=backend) for _ in range(copies)]
+    if not FORMATS.get(shape.format).lossless:
+        w_NK = sparse[0].to_dense()
+    return [_linear(w_NK if i == 0 else w_NK.clone()) for i in range(copies)], sparse
 
 
 def _linear(w_NK: Tensor) -> nn.Linear:
@@ -146,6 +195,7 @@ def layer_row(
         "dense ms": timings["dense"].median * 1e3,
         "sparse ms": seconds * 1e3,
         "speedup": round(timings.ratio("dense", "sparse"), 3),
+        "format": sparse.format,
         "backend": sparse.backend,
     }
     if with_ceiling:

@@ -24,6 +24,14 @@ Targets = Annotated[
 ]
 Ignore = Annotated[list[str] | None, typer.Option(help="Layers to leave alone, the same way. [lm_head]")]
 Backend = Annotated[str, typer.Option(help="Who runs the packed layers: auto or a name that doctor lists.")]
+TimedFormat = Annotated[
+    str,
+    typer.Option(
+        "--format",
+        help="Of the sparse side: semi24, semi24_int8, semi24_int4 or semi24_fp8; auto for the checkpoint's own, "
+        "semi24 where it is dense.",
+    ),
+]
 Shapes = Annotated[str | None, typer.Option(help="Layer shapes of a known model, as llama-3-8b; needs no weights.")]
 NumTokens = Annotated[str, typer.Option(help="Numbers of tokens M to time, with commas.")]
 BatchSize = Annotated[int, typer.Option(help="Sequences at a time.")]
@@ -67,9 +75,7 @@ def prune(
     ] = "auto",
     backend: Backend = "auto",
     seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
-    packed: Annotated[
-        bool, typer.Option("--packed/--dense", help="Save packed (9/16 of the bytes), or dense with zeros.")
-    ] = True,
+    packed: Annotated[bool, typer.Option("--packed/--dense", help="Save packed, or dense with zeros.")] = True,
     dtype: Dtype = "auto",
     device: Device = None,
     bench: Annotated[bool, typer.Option(help="End with dense against sparse on this machine.")] = True,
@@ -154,6 +160,7 @@ def bench(
     rounds: Rounds = 5,
     num_tokens: NumTokens = "1,8,64,512",
     backend: Backend = "auto",
+    format: TimedFormat = "auto",
     dtype: Dtype = "auto",
     device: Device = None,
     json: JsonPath = None,
@@ -169,10 +176,10 @@ def bench(
         if (model is None) == (shapes is None):
             raise ValueError("bench takes a MODEL or --shapes NAME, one of the two")
         if shapes is not None:
-            bench_shapes(output, shapes, parse_numbers(num_tokens), backend, dtype, device)
+            bench_shapes(output, shapes, parse_numbers(num_tokens), backend, format, dtype, device)
         else:
             sizes = {"batch_size": batch_size, "prompt_length": prompt_length, "new_tokens": new_tokens}
-            bench_model(output, str(model), backend, dtype, device, rounds=rounds, **sizes)
+            bench_model(output, str(model), backend, format, dtype, device, rounds=rounds, **sizes)
 
 
 @app.command()
@@ -183,6 +190,7 @@ def doctor(
     shapes: Shapes = None,
     num_tokens: NumTokens = "1,8,64,512",
     backend: Backend = "auto",
+    format: TimedFormat = "auto",
     dtype: Dtype = "auto",
     device: Device = None,
     targets: Targets = None,
@@ -212,6 +220,7 @@ def doctor(
             num_tokens=parse_numbers(num_tokens),
             device=parse_device(device),
             backend=backend,
+            format=format,
             targets=tuple(targets or ("Linear",)),
             ignore=tuple(ignore if ignore is not None else ("lm_head",)),
             max_seconds=max_seconds,

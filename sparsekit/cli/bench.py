@@ -6,7 +6,7 @@ import torch
 
 import sparsekit as sk
 from sparsekit.backends import BACKENDS
-from sparsekit.benchmarking import get_shapes, measure_ceilings, measure_shapes
+from sparsekit.benchmarking import get_shapes, in_format, measure_ceilings, measure_shapes
 from sparsekit.benchmarking.timing import noise_notes
 from sparsekit.cli.models import load_model, parse_device
 from sparsekit.cli.output import Output
@@ -17,16 +17,24 @@ from sparsekit.report import Report
 
 
 def bench_model(
-    output: Output, name: str, backend: str, dtype: str, device: str | None, *, rounds: int, **sizes: Any
+    output: Output, name: str, backend: str, format: str, dtype: str, device: str | None, *, rounds: int, **sizes: Any
 ) -> Report:
-    """Time a packed model against its dense twin; a dense one is pruned by magnitude first, in memory only."""
+    """Time a packed model against its dense twin; a dense one is pruned by magnitude first, in memory only.
+
+    Raises:
+        ValueError: `format` is another one than that of the packed model.
+    """
+    in_format([], format)
     if backend != "auto":
         BACKENDS.get(backend)
     if rounds < 1 or any(size < 1 for key, size in sizes.items() if key != "new_tokens") or sizes["new_tokens"] < 0:
         raise ValueError(f"rounds={rounds}, {', '.join(f'{k}={v}' for k, v in sizes.items())}: numbers of at least 1")
     model, notes = load_model(name, dtype, device)
-    if not sparse_layers(model):
-        sk.sparsify(model, "2:4", method="magnitude", backend=backend, progress=output.progress)
+    packed = {layer.format for layer in sparse_layers(model).values()}
+    if packed and format != "auto" and packed != {format}:
+        raise ValueError(f"--format {format}: {name} is packed as {', '.join(sorted(packed))}, leave --format out")
+    if not packed:
+        sk.sparsify(model, "2:4", method="magnitude", format=format, backend=backend, progress=output.progress)
         notes.append("the model was dense: pruned to 2:4 by magnitude for these timings, and nothing was saved")
     report = sk.benchmark(model, rounds=rounds, progress=output.progress, **sizes)
     report.title += f": {name}"
@@ -35,18 +43,25 @@ def bench_model(
 
 
 def bench_shapes(
-    output: Output, shapes: str, num_tokens: tuple[int, ...], backend: str, dtype: str, device: str | None
+    output: Output,
+    shapes: str,
+    num_tokens: tuple[int, ...],
+    backend: str,
+    format: str,
+    dtype: str,
+    device: str | None,
 ) -> Report:
     """Time the kernels at the layer shapes of a known model, on random weights."""
     if any(m < 1 for m in num_tokens):
         raise ValueError(f"--num-tokens {num_tokens}: numbers of at least 1")
     if backend != "auto":
         BACKENDS.get(backend)
-    wanted = get_shapes(shapes)
+    wanted = in_format(get_shapes(shapes), format)
     target = parse_device(device)
     weights = torch.bfloat16 if dtype == "auto" else parse_dtype(dtype)
     assert weights is not None
-    report = Report(f"sparsekit bench: 2:4 layers of {shapes} in {str(weights).removeprefix('torch.')} on {target}")
+    name = f"{wanted[0].format} layers of {shapes} in {str(weights).removeprefix('torch.')}"
+    report = Report(f"sparsekit bench: {name} on {target}")
     ceilings = measure_ceilings(target, (weights,))
     report.summary["memory read, GB/s"] = round(ceilings.read_gb_s, 1)
     report.summary["matmul, GFLOP/s"] = round(next(iter(ceilings.matmul_gflop_s.values())), 1)
@@ -67,9 +82,10 @@ def pass_speedup(rows: list[dict[str, Any]], num_tokens: int) -> float:
 
 def by_shape(report: Report) -> Report:
     """Return the report with one row a layer shape and the speed-ups at each M beside one another."""
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[tuple[str, ...], dict[str, Any]] = {}
     for row in report.rows:
-        line = rows.setdefault(row["shape"], {key: row[key] for key in ("layer", "shape", "count", "backend")})
+        kind = {key: row[key] for key in ("layer", "shape", "count", "format", "backend")}
+        line = rows.setdefault((row["shape"], row["format"], row["layer"]), kind)
         line[f"M={row['M']}"] = row["speedup"]
         if row["speedup"] >= 1.05:
             line["sparse pays at"] = ", ".join(filter(None, [line.get("sparse pays at"), f"M={row['M']}"]))

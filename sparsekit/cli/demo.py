@@ -176,6 +176,6 @@ def _kernels(shapes: str, device: str | None, output: Output) -> None:
             for row in measure_shapes(wanted, NUM_TOKENS, dtype, target, max_seconds=0.8):
                 report.rows.append(row)
                 bar.advance(1, f"{row['shape']} M={row['M']}")
-        report.summary |= {f"one pass at M={m}": f"{pass_speedup(report.rows, m):.2f}x" for m in NUM_TOKENS}
+        report.summary |= {f"speedup of one pass at M={m}": round(pass_speedup(report.rows, m), 3) for m in NUM_TOKENS}
         report.notes += noise_notes([row["noise"] for row in report.rows])
         output.add(f"kernels_{name}", report, shown=by_shape(report))

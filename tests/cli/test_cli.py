@@ -115,6 +115,27 @@ def test_bench_of_shapes(tiny_shapes):
     assert document["shapes"]["summary"]["speedup of one pass at M=3"] > 0
 
 
+@pytest.mark.parametrize("command, key", [("bench", "shapes"), ("doctor", "doctor")])
+def test_shapes_in_a_quantised_format(command, key, tiny_shapes):
+    words = ["--shapes", "tiny", "--format", "semi24_int4", "--num-tokens", "1", "--json", "-", "-q"]
+    result = run(command, *words)
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)[key]
+    assert [row["format"] for row in found["rows"]] == ["semi24_int4"] and "semi24_int4" in found["title"]
+
+
+def test_bench_in_a_format(tiny_model, tmp_path):
+    sizes = ["--prompt-length", 8, "--new-tokens", 2, "--rounds", 1, "-q"]
+    result = run("bench", tiny_model, "--format", "semi24_int8", *sizes, "--json", tmp_path / "b.json")
+    assert result.exit_code == 0, result.stderr
+    rows = json.loads((tmp_path / "b.json").read_text())["benchmark"]["rows"]
+    assert {row["format"] for row in rows if "format" in row} == {"semi24_int8"}
+    model, _ = load_model(str(tiny_model), device="cpu")
+    sk.save(sk.sparsify(model, method="magnitude", progress=False), tmp_path / "packed")
+    refused = run("bench", tmp_path / "packed", "--format", "semi24_int8", *sizes)
+    assert refused.exit_code == 2 and "is packed as semi24, leave --format out" in refused.stderr
+
+
 def test_doctor(tiny_model, tmp_path):
     report = tmp_path / "d.json"
     result = run("doctor", tiny_model, "--num-tokens", "1,4", "--max-seconds", 1, "--json", report, "-q")
@@ -135,7 +156,7 @@ def test_doctor_and_prune_take_the_same_dtype(stored, used, is_named, tiny_model
     loaded, notes = load_model(str(tmp_path / "m"), device="cpu")
     words = ["--device", "cpu", "--num-tokens", "1", "--max-seconds", 1, "--json", "-", "-q"]
     found = json.loads(run("doctor", tmp_path / "m", *words).stdout)["doctor"]
-    assert loaded.dtype is getattr(torch, used) and f"2:4 weights in {used} on cpu" in found["title"]
+    assert loaded.dtype is getattr(torch, used) and f"semi24 weights in {used} on cpu" in found["title"]
     assert len(notes) == (stored != used) and set(notes) <= set(found["notes"])
 
 
@@ -200,6 +221,8 @@ BAD = {
     "eval dataset": (["eval", "{model}", "--dataset", "none.txt"], "no such file"),
     "bench nothing": (["bench"], "one of the two"),
     "bench shapes": (["bench", "--shapes", "llama-9"], "unknown shapes 'llama-9'"),
+    "bench format": (["bench", "--shapes", "llama-3-8b", "--format", "int4"], "unknown format 'int4'"),
+    "bench blocks": (["bench", "{model}", "--format", "block"], "how many blocks are stored"),
     "bench numbers": (["bench", "--shapes", "llama-3-8b", "--num-tokens", "one"], "whole numbers"),
     "bench rounds": (["bench", "{model}", "--rounds", "0"], "at least 1"),
     "doctor both": (["doctor", "{model}", "--shapes", "llama-3-8b"], "not both"),
