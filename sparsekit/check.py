@@ -8,8 +8,10 @@ import torch.nn as nn
 from torch import Tensor
 
 from sparsekit.backends import BACKENDS
+from sparsekit.formats import FORMATS
 from sparsekit.masks import Mask
 from sparsekit.nn import SparseLinear, sparse_layers, unwrapped
+from sparsekit.pack import why_dense
 from sparsekit.patterns import NM, Block, Pattern
 from sparsekit.plan import Plan
 from sparsekit.report import Report
@@ -129,7 +131,8 @@ def explain(model: nn.Module, num_tokens: tuple[int, ...] = (1, 16, 128, 1024)) 
 
     One prepared copy serves every number of tokens, so a layer has one backend; inside it the kernel changes with the
     number of tokens M (rows of x), as the columns "M=..." say. On a GPU the column "against dense" says where a dense
-    weight was measured to be faster, and by how much. After `pack_(fuse=True)` the column "fused" names the
+    weight was measured to be faster, and by how much: between about 100 and 500 tokens a packed layer may be slower
+    than a dense one, which nobody keeps beside it. After `pack_(fuse=True)` the column "fused" names the
     layers that share a launch, or says why they do not.
     """
     for m in num_tokens:
@@ -147,7 +150,7 @@ def explain(model: nn.Module, num_tokens: tuple[int, ...] = (1, 16, 128, 1024)) 
         elif is_linear(module):
             w_NK = weight_NK(module)
             row = {"weight": f"dense {w_NK.shape[0]}x{w_NK.shape[1]} {_short(w_NK.dtype)}", "backend": "torch"}
-            row |= {f"M={m}": "dense" for m in num_tokens} | {"why not the others": "the layer is not packed"}
+            row |= {f"M={m}": "dense" for m in num_tokens} | {"why not the others": _why_not_packed(w_NK)}
         else:
             continue
         kind = seen.setdefault(tuple(row.values()), {"first layer": name, "layers": 0, **row})
@@ -167,10 +170,19 @@ def _explain_sparse(layer: SparseLinear, num_tokens: tuple[int, ...]) -> dict[st
         if name != layer.backend
     }
     row: dict[str, Any] = {"weight": str(layer.spec), "backend": layer.backend}
-    row |= {f"M={m}": chosen.kernel(layer.spec, m) for m in num_tokens}
-    if verdict := chosen.against_dense(layer.spec, device):
+    spec, prepared = layer._prepared_spec, layer.prepared  # of a fused layer: what runs is the product of its group
+    row |= {f"M={m}": chosen.kernel(spec, m, device, prepared) for m in num_tokens}
+    if verdict := chosen.against_dense(spec, device, prepared):
         row["against dense"] = verdict
     return row | {"why not the others": "; ".join(f"{name}: {reason}" for name, reason in others.items())}
+
+
+def _why_not_packed(w_NK: Tensor) -> str:
+    """Return whether `pack_` would leave the layer dense by choice; its zeros are only counted where it might."""
+    reason = "" if w_NK.device.type == "meta" else why_dense(w_NK, "semi24")
+    if reason and FORMATS.get("semi24").count_violations(w_NK)[0] == 0:
+        return f"it is 2:4 and stays dense: {reason}"
+    return "the layer is not packed"
 
 
 def _short(dtype: torch.dtype) -> str:

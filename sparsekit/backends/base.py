@@ -71,11 +71,26 @@ class Runner(ABC):
         """Return the dense weight [N, K]."""
 
     @abstractmethod
-    def kernel(self, spec: WeightSpec, num_tokens: int) -> str:
-        """Return what runs for this many tokens."""
+    def kernel(
+        self, spec: WeightSpec, num_tokens: int, device: torch.device | None = None, prepared: Sequence[Tensor] = ()
+    ) -> str:
+        """Return what runs for this many tokens.
 
-    def against_dense(self, spec: WeightSpec, device: torch.device) -> str:
+        Args:
+            device: where the weight is; None for the GPU in use.
+            prepared: the weight itself, where there is one: it may hold a second copy.
+        """
+
+    def against_dense(self, spec: WeightSpec, device: torch.device, prepared: Sequence[Tensor] = ()) -> str:
         """Return where a dense weight was measured to be faster on this device, if the backend keeps such tables."""
+        return ""
+
+    def stays_dense(self, spec: WeightSpec, device: torch.device, prefill: str = "dense") -> str:
+        """Return a sentence that says why the weight had better stay dense, by measurement; empty where it had not."""
+        return ""
+
+    def unmeasured(self, spec: WeightSpec, device: torch.device) -> str:
+        """Return how to measure what `prefill="auto"` chooses by; empty where that is known, or there is no choice."""
         return ""
 
 
@@ -123,7 +138,10 @@ class Backend:
 
     def restore(self, spec: WeightSpec, prepared: tuple[Tensor, ...]) -> PackedWeight:
         """Return the canonical weight, bit for bit: the inverse of `prepare`."""
-        return self._runners[spec.format].restore(spec, prepared)
+        packed = self._runners[spec.format].restore(spec, prepared)
+        # A view of padded rows would be saved with the padding, or not at all.
+        whole = {name: part if _owns_its_storage(part) else part.clone() for name, part in packed.tensors.items()}
+        return PackedWeight(spec, whole)
 
     def linear(self, x: Tensor, prepared: tuple[Tensor, ...], bias: Tensor | None, spec: WeightSpec) -> Tensor:
         """Return x @ W.T + bias; x is [..., K] in the weight's dtype, the result [..., N]."""
@@ -133,13 +151,27 @@ class Backend:
         """Return the dense weight [N, K]; through an operator, so that compilers can look past it."""
         return self._ops[spec.format].dense(prepared, spec.out_features, spec.in_features, spec.dtype)
 
-    def kernel(self, spec: WeightSpec, num_tokens: int) -> str:
-        """Return what runs for this many tokens."""
-        return self._runners[spec.format].kernel(spec, num_tokens)
+    def kernel(
+        self, spec: WeightSpec, num_tokens: int, device: torch.device | None = None, prepared: Sequence[Tensor] = ()
+    ) -> str:
+        """Return what runs for this many tokens; `device` and `prepared` as `Runner.kernel` takes them."""
+        return self._runners[spec.format].kernel(spec, num_tokens, device, prepared)
 
-    def against_dense(self, spec: WeightSpec, device: torch.device) -> str:
+    def against_dense(self, spec: WeightSpec, device: torch.device, prepared: Sequence[Tensor] = ()) -> str:
         """Return where a dense weight was measured to be faster on this device, if the backend keeps such tables."""
-        return self._runners[spec.format].against_dense(spec, device)
+        return self._runners[spec.format].against_dense(spec, device, prepared)
+
+    def stays_dense(self, spec: WeightSpec, device: torch.device, prefill: str = "dense") -> str:
+        """Return a sentence that says why the weight had better stay dense, by measurement; empty where it had not."""
+        return self._runners[spec.format].stays_dense(spec, device, prefill)
+
+    def unmeasured(self, spec: WeightSpec, device: torch.device) -> str:
+        """Return how to measure what `prefill="auto"` chooses by; empty where that is known, or there is no choice."""
+        return self._runners[spec.format].unmeasured(spec, device)
+
+
+def _owns_its_storage(tensor: Tensor) -> bool:
+    return tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 BACKENDS: Registry[Backend] = Registry("backend")

@@ -19,7 +19,9 @@ class CpuRunner(Runner):
             return f"it runs on the CPU, the weight is on {device}"
         return cpu.why_not(spec.dtype)
 
-    def kernel(self, spec: WeightSpec, num_tokens: int) -> str:
+    def kernel(
+        self, spec: WeightSpec, num_tokens: int, device: torch.device | None = None, prepared: Sequence[Tensor] = ()
+    ) -> str:
         return f"{spec.format.replace('semi24', 'spmm24')}, {cpu.isa()}"
 
 
@@ -113,7 +115,9 @@ class BlockRunner(CpuRunner):
     def dense(self, prepared: Sequence[Tensor], N: int, K: int, dtype: torch.dtype) -> Tensor:
         return decompress_block(*_restore_block(prepared), N, K)
 
-    def kernel(self, spec: WeightSpec, num_tokens: int) -> str:
+    def kernel(
+        self, spec: WeightSpec, num_tokens: int, device: torch.device | None = None, prepared: Sequence[Tensor] = ()
+    ) -> str:
         return "torch's products of the stored blocks"
 
 

@@ -33,7 +33,9 @@ class Semi24Runner(Runner):
     def dense(self, prepared: Sequence[Tensor], N: int, K: int, dtype: torch.dtype) -> Tensor:
         return decompress24(*cusparselt.restore(prepared[0], N, K), K)
 
-    def kernel(self, spec: WeightSpec, num_tokens: int) -> str:
+    def kernel(
+        self, spec: WeightSpec, num_tokens: int, device: torch.device | None = None, prepared: Sequence[Tensor] = ()
+    ) -> str:
         return "cuSPARSELt"
 
 

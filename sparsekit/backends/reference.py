@@ -32,7 +32,9 @@ class ReferenceRunner(Runner):
         spec = WeightSpec(self.format, N, K, dtype)
         return FORMATS.get(self.format).unpack(self.restore(spec, tuple(prepared)))
 
-    def kernel(self, spec: WeightSpec, num_tokens: int) -> str:
+    def kernel(
+        self, spec: WeightSpec, num_tokens: int, device: torch.device | None = None, prepared: Sequence[Tensor] = ()
+    ) -> str:
         return "unpack, then torch's dense product"
 
 

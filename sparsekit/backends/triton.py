@@ -9,7 +9,7 @@ from sparsekit_kernels.quant import GRIDS
 from torch import Tensor
 
 from sparsekit.backends.base import BACKENDS, Backend, Runner, kernels
-from sparsekit.backends.triton_semi24 import FragmentRunner, Semi24Runner
+from sparsekit.backends.triton_semi24 import QuantisedRunner, Semi24Runner
 from sparsekit.formats import FORMATS, PackedWeight, WeightSpec
 
 BLOCK_SIDE = 16
@@ -43,11 +43,13 @@ class BlockRunner(Runner):
         values, columns, row_pointers = prepared[:3]
         return decompress_block(values, columns, row_pointers, N, K)
 
-    def kernel(self, spec: WeightSpec, num_tokens: int) -> str:
+    def kernel(
+        self, spec: WeightSpec, num_tokens: int, device: torch.device | None = None, prepared: Sequence[Tensor] = ()
+    ) -> str:
         config = kernels("spmm_block").pick_config(num_tokens, spec.dtype, BLOCK_SIDE)
         return f"spmm_block, {config.kernel}"
 
 
 BACKENDS.register(
-    "triton", Backend("triton", [Semi24Runner(), *(FragmentRunner(name) for name in GRIDS), BlockRunner()])
+    "triton", Backend("triton", [Semi24Runner(), *(QuantisedRunner(name) for name in GRIDS), BlockRunner()])
 )
