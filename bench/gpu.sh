@@ -1,13 +1,18 @@
 #!/usr/bin/env bash
 # Everything that wants an NVIDIA GPU, in one call of under 10 minutes:
-#     bash bench/gpu.sh                     the main stages, each with its share of the time
+#     bash bench/gpu.sh                     all there is to know, each stage with its share of the time: facts, ceilings and
+#                                           probes; correctness; a short tuning; decode and prefill tables with it, and
+#                                           torch.compile(mode="max-autotune"); a whole model; compute-sanitizer
 #     bash bench/gpu.sh check               one group of stages; three calls leave each more time:
-#         check     facts, ceilings, probes, correctness, compute-sanitizer, the GPU tests
-#         tune      the tables of kernels/sparsekit_kernels/configs: copy <gpu>-table.json there and commit it
+#         check     facts, ceilings, probes, correctness, the GPU tests, compute-sanitizer
+#         tune      the launches and kernels for each layer: writes <gpu>-table.json beside the results and copies it to
+#                   kernels/sparsekit_kernels/configs/<gpu>.json, to be committed; without arguments only if none is there
 #         bench     decode and prefill tables, torch.compile, a whole model
 #     bash bench/gpu.sh --dry-run           the same on the CPU, small, with stand-ins: to find slips beforehand
 # Single stages have names too: probe correct sanitize pytest tune decode prefill compile e2e.
 # Rows are appended to ${OUT:-bench/results}/<gpu>.jsonl as they come; docs/gpu.md is made of them by bench/gpu_report.py.
+# The stages of one call share a cache of measurements: what `tune` finds is what the packed layers of those after it
+# run, and what it left out is measured on first use. TUNING names a folder for it that later calls can use too.
 # SECONDS_IN_ALL (570) bounds the whole; COMMIT names the commit where the tree comes without .git.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -15,20 +20,23 @@ export PYTHONPATH="$PWD:$PWD/kernels:$PWD/bench${PYTHONPATH:+:$PYTHONPATH}" PYTH
 unset TRITON_INTERPRET
 python="${PYTHON:-python3}"
 total="${SECONDS_IN_ALL:-570}"
+export SPARSEKIT_TUNING="${TUNING:-$(mktemp -d)}"
 
-dry=() stages=()
+all=(probe correct tune decode prefill compile e2e sanitize)
+dry=() stages=() short=()
 for word in "$@"; do
     case "$word" in
         --dry-run) dry=(--dry-run) ;;
-        all) stages+=(probe correct decode prefill e2e) ;;
-        check) stages+=(probe correct sanitize pytest) ;;
+        all) stages+=("${all[@]}") ;;
+        check) stages+=(probe correct pytest sanitize) ;;
         bench) stages+=(decode prefill e2e compile) ;;
         probe | correct | sanitize | pytest | tune | decode | prefill | compile | e2e) stages+=("$word") ;;
         *) echo "unknown: $word" >&2 && exit 2 ;;
     esac
 done
-((${#stages[@]})) || stages=(probe correct decode prefill e2e)
-declare -A weight=([probe]=90 [correct]=150 [sanitize]=80 [pytest]=120 [tune]=200 [decode]=130 [prefill]=90 [compile]=90 [e2e]=120)
+((${#stages[@]})) || stages=("${all[@]}")
+((${#stages[@]} > 1)) && short=(--short) # of tuning: by itself it may take all the time there is
+declare -A weight=([probe]=50 [correct]=90 [pytest]=90 [tune]=110 [decode]=100 [prefill]=70 [compile]=45 [e2e]=75 [sanitize]=40)
 
 left_weight=0
 for stage in "${stages[@]}"; do ((left_weight += weight[$stage])); done
@@ -45,7 +53,7 @@ run() {
     case "$stage" in
         probe) timeout "$share" "$python" bench/gpu_probe.py --seconds "$inner" "${dry[@]}" ;;
         correct) timeout "$share" "$python" bench/gpu_check.py --seconds "$inner" "${dry[@]}" ;;
-        tune) timeout "$share" "$python" bench/gpu_tune.py --seconds "$inner" "${dry[@]}" ;;
+        tune) timeout "$share" "$python" bench/gpu_tune.py --cache "$SPARSEKIT_TUNING" --seconds "$inner" "${short[@]}" "${dry[@]}" ;;
         decode | prefill | compile) timeout "$share" "$python" bench/gpu_bench.py "$stage" --seconds "$inner" "${dry[@]}" ;;
         e2e) timeout "$share" "$python" bench/gpu_e2e.py --seconds "$inner" "${dry[@]}" ;;
         sanitize)

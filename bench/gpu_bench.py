@@ -290,7 +290,8 @@ def main() -> int:
     parser.add_argument("tables", nargs="*", help="decode, prefill, compile; default: the first two")
     parser.add_argument("--layers", nargs="*", default=list(LAYERS), choices=list(LAYERS))
     parser.add_argument("--blocks", nargs=2, type=int, metavar=("K", "SIDE"), help="of a worker: kernels to compile")
-    os.environ["SPARSEKIT_TUNING"] = "off"  # shipped tables and rules: nothing is measured on the way
+    # By itself: shipped tables and rules, and nothing is measured on the way. From gpu.sh: what `tune` has found.
+    os.environ.setdefault("SPARSEKIT_TUNING", "off")
     machine, options = open_machine(__doc__.splitlines()[0], parser)
     if machine.dry_run:
         import gpu_dry

@@ -201,7 +201,7 @@ def end_to_end_tables(rows: list[Row]) -> list[str]:
     prefill = {(row["format"], row["M"]): row for row in rows if row["benchmark"] == "gpu_e2e_prefill"}
     parts = []
     if decode:
-        body = []
+        body: list[list[object]] = []
         for (format, how), row in decode.items():
             dense = decode.get(("dense", how))
             ratio = f"{row['tokens_per_s'] / dense['tokens_per_s']:.2f}" if dense else ""

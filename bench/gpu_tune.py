@@ -1,6 +1,7 @@
 """Find the fastest launch for every format, layer and number of tokens, and write the table that the package ships.
 
-    python bench/gpu_tune.py              # writes <gpu>-table.json in $OUT: commit it as kernels/…/configs/<gpu>.json
+    python bench/gpu_tune.py          # writes <gpu>-table.json in $OUT, and copies it to kernels/…/configs/<gpu>.json
+    python bench/gpu_tune.py --short  # few launches: the copy is made only where the package has no table yet
 
 First many launches of the fragment kernel are timed on one layer; the best few of each number of tokens then compete on
 every layer, with K split in several ways. For many tokens the three kernels of `prefill24` and the dense product
@@ -14,9 +15,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from gpu_kernels import (
@@ -31,7 +34,7 @@ from gpu_kernels import (
     random24,
     random_blocks,
 )
-from gpu_machine import ROOT, Machine, Times, Variant, num_copies, open_machine, say, time_turns
+from gpu_machine import Machine, Times, Variant, num_copies, open_machine, say, time_turns
 from sparsekit_kernels import spmm24_mma, spmm_block, tuning
 from sparsekit_kernels.spmm24_mma import Config
 from torch import Tensor
@@ -40,10 +43,11 @@ DECODE = (1, 2, 4, 8, 16, 32, 64)
 PREFILL = (96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192)
 MMA_MOST = 1024  # tokens, to try the fragment kernel at
 FIRST_LAYER = "8B gate_up"
+SHORT = 6  # launches of each number of tokens in a short run
 KEPT = 3  # launches that go on from the first round
 WARPS = ((1, 8), (2, 4), (4, 2))  # WARPS_N, WARPS_K
 SPLITS = (1, 2, 4, 8)
-COMPILE_SECONDS = 150
+COMPILE_SECONDS = 150  # at most, and at most a third of what is left
 
 
 def launches(format: str, M: int) -> list[Config]:
@@ -100,14 +104,14 @@ def copied(tensors: tuple[Tensor, ...], count: int) -> list[tuple[Tensor, ...]]:
     return [tensors, *(tuple(tensor.clone() for tensor in tensors) for _ in range(count - 1))]
 
 
-def first_round(format: str, machine: Machine) -> dict[int, list[Config]]:
-    """Return, for every number of tokens, the launches that are fastest on one layer."""
+def first_round(format: str, most: int, machine: Machine) -> dict[int, list[Config]]:
+    """Return, for every number of tokens, those of the first `most` launches that are fastest on one layer."""
     layer = Layer(FIRST_LAYER, format, machine)
     best: dict[int, list[Config]] = {}
     for M in DECODE[: machine.size(len(DECODE), 1)]:
         if machine.is_late(f"{format} M={M}"):
             break
-        times = layer.time(M, launches(format, M)[: machine.size(99, 3)], rounds=5)
+        times = layer.time(M, launches(format, M)[: machine.size(most, 3)], rounds=5)
         ranked = sorted(times, key=lambda config: times[config].median_us)
         best[M] = ranked[:KEPT]
         shipped, fastest = launches(format, M)[0], ranked[0]
@@ -262,9 +266,10 @@ def compile_launches(jobs: list[tuple[str, int, Config]], machine: Machine) -> N
     shares = [texts[i::count] for i in range(count)]
     command = [sys.executable, __file__, "--seconds", str(COMPILE_SECONDS), "--compile"]
     workers = [subprocess.Popen([*command, *share]) for share in shares if share]
+    until = time.monotonic() + min(machine.seconds_left() / 3, COMPILE_SECONDS)
     for worker in workers:
         try:
-            worker.wait(timeout=max(min(machine.seconds_left(), COMPILE_SECONDS), 1))
+            worker.wait(timeout=max(until - time.monotonic(), 1))
         except subprocess.TimeoutExpired:
             worker.kill()
 
@@ -305,6 +310,8 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--formats", nargs="*", default=list(FORMATS), choices=list(FORMATS))
     parser.add_argument("--layers", nargs="*", default=list(LAYERS), choices=list(LAYERS))
+    parser.add_argument("--short", action="store_true", help="few launches, as where other stages want the time")
+    parser.add_argument("--cache", help="folder of the measurements, as $SPARSEKIT_TUNING; default: one of its own")
     parser.add_argument("--compile", nargs="*", help="of a worker: launches to compile")
     machine, options = open_machine(__doc__.splitlines()[0], parser)
     if machine.dry_run:
@@ -314,22 +321,23 @@ def main() -> int:
     if options.compile:
         run_once(map(parsed, options.compile), machine)
         return 0
-    os.environ["SPARSEKIT_TUNING"] = tempfile.mkdtemp()  # a cache of its own, exported after every layer
-    first = {(format, c): M for format in options.formats for M in DECODE for c in launches(format, M)}
+    os.environ["SPARSEKIT_TUNING"] = options.cache or tempfile.mkdtemp()  # exported after every layer
+    most = SHORT if options.short else 99
+    first = {(format, c): M for format in options.formats for M in DECODE for c in launches(format, M)[:most]}
     jobs = [(format, M, config) for (format, config), M in first.items()]
     say(f"compiling {len(jobs)} launches")
     compile_launches(jobs, machine)
-    best = {format: first_round(format, machine) for format in options.formats}
+    best = {format: first_round(format, most, machine) for format in options.formats}
     kept = {(f, c.TOKENS, c): M for f in best for M, configs in best[f].items() for c in configs}
     jobs = [(f, M, replace(c, SPLIT_K=split)) for (f, _, c), M in kept.items() for split in SPLITS[1:]]
     say(f"compiling {len(jobs)} launches that split K")
     compile_launches(jobs, machine)
     path = machine.out_dir / f"{machine.slug}-table.json"
     for name in options.layers:
-        for format in options.formats:
-            second_round(name, format, best[format], machine)
         if "semi24" in options.formats:
             prefill(name, "semi24", machine)
+        for format in options.formats:
+            second_round(name, format, best[format], machine)
         machine.free_memory()
         count = tuning.export(machine.device, path)
     quantised = [format for format in options.formats if format != "semi24"]
@@ -337,13 +345,24 @@ def main() -> int:
         if not machine.is_late(f"prefill of {name} in {format}", needed=machine.size(10, 0)):
             prefill(name, format, machine)
             count = tuning.export(machine.device, path)
-    for format in list(BLOCK_FORMATS)[: machine.size(len(BLOCK_FORMATS), 1)]:
-        blocks(format, FIRST_LAYER, machine)
-    shipped = tuning.CONFIG_DIR / f"{tuning.slug(machine.name)}.json"
-    say(f"tune: {count} rows in {path}: commit it as {shipped.relative_to(ROOT)}")
-    if count and not machine.dry_run:
-        shutil.copyfile(path, shipped)  # for the stages after this one
+    if not options.short:
+        for format in list(BLOCK_FORMATS)[: machine.size(len(BLOCK_FORMATS), 1)]:
+            blocks(format, FIRST_LAYER, machine)
+    say(f"tune: {count} rows in {path}")
+    if count:
+        install(path, tuning.CONFIG_DIR if not machine.dry_run else machine.out_dir / "configs", options.short, machine)
     return 0 if count else 1
+
+
+def install(table: Path, folder: Path, short: bool, machine: Machine) -> None:
+    """Copy a table to where the package looks for it; that of a short run takes no other's place."""
+    shipped = folder / f"{tuning.slug(machine.name)}.json"
+    if short and shipped.exists():
+        say(f"{shipped} stays: a short run has less than it may hold")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(table, shipped)
+    say(f"it is now {shipped}: commit it")
 
 
 if __name__ == "__main__":

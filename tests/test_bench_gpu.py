@@ -170,7 +170,7 @@ def test_mma_probe_runs_on_the_sparse_tensor_cores(tmp_path):
 
 
 DRY_RUN = """
-import sys
+import os, sys
 import torch
 torch.set_num_threads(1)
 import gpu_check, gpu_tune, gpu_bench, gpu_e2e, gpu_dry
@@ -185,7 +185,7 @@ bf16 = gpu_check.units(True)[1:7]  # packers, formats and blocks of one shape
 gpu_check.units = lambda small: bf16
 stage(gpu_e2e, "--formats", "semi24", "--no-compile")
 stage(gpu_check, "--workers", "1")
-stage(gpu_tune, "--layers", "8B o")
+stage(gpu_tune, "--layers", "8B o", "--cache", os.environ["OUT"] + "/cache")
 stage(gpu_bench, "decode", "prefill", "--layers", "8B o")
 
 # The stand-ins refuse what the kernels would.
@@ -218,9 +218,49 @@ def test_every_stage_runs_dry(tmp_path):
     # The table is one that the package reads, and its launches are launches.
     from sparsekit_kernels import spmm24_mma, tuning
 
-    _, _, table = tuning.read_table(tmp_path / "dry-run-table.json")
+    gpu, _, table = tuning.read_table(tmp_path / "dry-run-table.json")
+    assert gpu == "cpu" and table == tuning.read_table(tmp_path / "configs" / "dry-run.json")[2]
+    assert len(list((tmp_path / "cache").rglob("*.json"))) == len(table), "in the cache that the other stages read"
     launches = [row["mma"].config for row in table.values() if row["mma"].config]
     assert launches and all(spmm24_mma.Config(**launch) for launch in launches)
+
+
+def test_a_short_run_takes_no_tables_place(tmp_path):
+    tune, machine = module("gpu_tune"), module("gpu_machine").Machine(torch.device("cpu"), True, 0.0)
+    table, shipped = tmp_path / "table.json", tmp_path / "a" / "configs" / "dry-run.json"
+    for content, short, expected in (("1", True, "1"), ("2", True, "1"), ("3", False, "3")):
+        table.write_text(content)
+        tune.install(table, shipped.parent, short, machine)
+        assert shipped.read_text() == expected
+
+
+@pytest.mark.parametrize(
+    "words, stages",
+    [
+        ([], "probe correct tune decode prefill compile e2e sanitize"),
+        (["check"], "probe correct pytest sanitize"),
+        (["bench"], "decode prefill e2e compile"),
+        (["tune"], "tune"),
+    ],
+)
+def test_one_call_runs_every_stage_with_one_cache(words, stages, tmp_path):
+    """With an imitation of Python that only writes down how it was called."""
+    log, python = tmp_path / "log", tmp_path / "python"
+    python.write_text('#!/bin/bash\necho "$SPARSEKIT_TUNING|$*" >> "$LOG"\ncat > /dev/null\n')
+    python.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(python), "LOG": str(log), "SECONDS_IN_ALL": "500"}
+    done = subprocess.run(
+        ["bash", BENCH / "gpu.sh", "--dry-run", *words], env=environment, capture_output=True, text=True, stdin=-3
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    shares = [line.split() for line in done.stdout.splitlines() if " up to " in line]
+    assert [share[1].strip(":") for share in shares] == stages.split()
+    assert sum(int(share[4]) for share in shares) >= 500, "what one leaves the next may use"
+    calls = [line.split("|") for line in log.read_text().splitlines()]
+    assert len({cache for cache, _ in calls}) == 1 and Path(calls[0][0]).is_dir()
+    (tune,) = [call for _, call in calls if "gpu_tune" in call] or [None]
+    if tune:
+        assert f"--cache {calls[0][0]}" in tune and ("--short" in tune) == (words == [])
 
 
 def test_script_names_its_stages_and_refuses_others(tmp_path):
