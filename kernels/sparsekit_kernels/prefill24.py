@@ -33,7 +33,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsekit_kernels import cusparselt, tuning
-from sparsekit_kernels.fragments24 import CHUNKS
 from sparsekit_kernels.tuning import Candidate, Choice, Standing
 
 MODES = ("auto", "dense", "cusparselt")
@@ -154,22 +153,16 @@ def blob_speedups(N: int, K: int, dtype: torch.dtype, device: torch.device) -> d
     return {one.M: without[one.M] / one.us for one in with_blob if one.M in without and one.M in asked}
 
 
-def _launch(key: tuning.Key, config: Mapping[str, int | str]) -> object:
-    """The launch of mma that a config stands for.
-
-    Raises:
-        TypeError, ValueError: it stands for none.
-    """
-    chunks = CHUNKS[key.format]
-    if config.get("AHEAD", 1) > chunks:  # type: ignore[operator]
-        raise ValueError(f"a step of {key.format} has {chunks} chunks")
+def _check_launch(key: tuning.Key, config: Mapping[str, int | str]) -> None:
+    """Raise TypeError or ValueError if mma cannot be launched like this."""
     try:
-        return _mma_module().Config(**config)
+        module = _mma_module()
     except ImportError:  # where Triton is missing nothing is launched, and times are all that is read
-        return None
+        return
+    module.Config(**config).check(key.format)
 
 
-tuning.CHECKS["mma"] = _launch
+tuning.CHECKS["mma"] = _check_launch
 
 
 def _allowed(mode: str, has_blob: bool) -> tuple[str, ...]:

@@ -33,6 +33,19 @@ def reference(x, w, bias=None, activation=None, residual=None, dtype=torch.float
     return y if residual is None else y + residual.to(dtype)
 
 
+class Launch(dict):
+    """Of any fields, but TOKENS."""
+
+    def __init__(self, TOKENS, **fields):
+        if TOKENS < 8:
+            raise ValueError("TOKENS is 4: at least 8")
+        super().__init__(TOKENS=TOKENS, **fields)
+
+    def check(self, format):
+        if self.get("AHEAD", 0) > fragments24.CHUNKS[format]:
+            raise ValueError("AHEAD is too far")
+
+
 @pytest.fixture
 def gpu(monkeypatch, tmp_path):
     """An imaginary GPU. `ran` lists the kernels that were called, `us` says how long each of them takes."""
@@ -76,9 +89,7 @@ def gpu(monkeypatch, tmp_path):
     state.weight = weight24(N, K, DTYPE)
     state.fragments, state.metadata = fragments24.prepare(*layout24.compress24(state.weight), "semi24")
     state.scales = torch.ones(N)
-    module = SimpleNamespace(
-        spmm24=spmm24, spmm24_int8=spmm24_int8, decompress=decompress, Config=lambda **config: config
-    )
+    module = SimpleNamespace(spmm24=spmm24, spmm24_int8=spmm24_int8, decompress=decompress, Config=Launch)
     monkeypatch.setattr(prefill24, "_mma_module", lambda: module)
     monkeypatch.setattr(prefill24, "_runners", {})
     monkeypatch.setattr(cusparselt, "spmm24", multiply_blob)
@@ -150,17 +161,9 @@ class TestTheFastest:
         assert gpu.configs[0] is gpu.configs[1], "made once for a choice"
 
     def test_configs_that_are_none_are_ignored_and_measured_again(self, gpu, monkeypatch):
-        def config(**fields):
-            if set(fields) != {"TOKENS"}:
-                raise TypeError("unexpected keyword")
-            if fields["TOKENS"] < 8:
-                raise ValueError("TOKENS is 4: at least 8")
-            return fields
-
-        monkeypatch.setattr(prefill24._mma_module(), "Config", config)
         tuning._warn_of_unsound_row.cache_clear()
         key = Key("semi24", "bfloat16", N, K, 128)
-        for bad in ({"TOKENS": 4}, {"NUM_WARPS": 4}, {"TOKENS": 8, "AHEAD": 16}, {"AHEAD": "8"}):
+        for bad in ({"TOKENS": 4}, {"NUM_WARPS": 4}, {"TOKENS": 8, "AHEAD": 16}, {"TOKENS": "8"}):
             new_process(monkeypatch)
             tuning.store(key, {"mma": Measured(1.0, bad), "decompress": Measured(2.0)}, CUDA)
             with pytest.warns(UserWarning, match="mma cannot be launched with"):
@@ -263,7 +266,7 @@ def test_bias_activation_and_residual_whatever_runs(shape, mode, blob, gpu):
         assert torch.allclose(y.double(), expected, rtol=3e-2, atol=3e-2)
 
 
-def test_the_imitations_are_called_as_the_kernels_want_to_be(gpu):
+def test_the_imitations_are_called_as_the_kernels_want_to_be(gpu, monkeypatch):
     pytest.importorskip("triton", reason="Triton is not installed")
     from sparsekit_kernels import spmm24_mma
 
@@ -280,6 +283,18 @@ def test_the_imitations_are_called_as_the_kernels_want_to_be(gpu):
         for config in spmm24_mma.candidates(format, 16, 4096, 4096, 132):
             tuning.store(key, {"mma": Measured(1.0, asdict(config))}, CUDA)
             assert spmm24_mma.Config(**tuning.best_config("mma", key, CUDA)) == config
+    monkeypatch.setattr(prefill24, "_mma_module", lambda: spmm24_mma)
+    tuning._warn_of_unsound_row.cache_clear()
+    good = asdict(spmm24_mma.pick_config("semi24_int4", 16, 4096, 4096, 132))
+    as_a_table_has_it = {name: int(value) for name, value in good.items()}
+    tuning.store(key, {"mma": Measured(1.0, as_a_table_has_it)}, CUDA)
+    assert tuning.best_config("mma", key, CUDA) == as_a_table_has_it
+    wrong = {"TOKENS": (4, 12, "8"), "AHEAD": (3, 4, 0), "SPLIT_K": (0, 3), "ROW_TILES": (3,), "NUM_WARPS": (4,)}
+    for name, values in wrong.items():
+        for value in values:
+            tuning.store(key, {"mma": Measured(1.0, good | {name: value})}, CUDA)
+            with pytest.warns(UserWarning, match="mma cannot be launched with"):
+                assert tuning.lookup(key, CUDA) is None
 
 
 def test_wrong_arguments(gpu):
