@@ -18,7 +18,8 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD:$PWD/kernels:$PWD/bench${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 unset TRITON_INTERPRET
-python="${PYTHON:-python3}"
+[ -x .venv/bin/python ] && own=.venv/bin/python || own=python3
+python="${PYTHON:-$own}"  # what make set up, where there is one
 total="${SECONDS_IN_ALL:-570}"
 export SPARSEKIT_TUNING="${TUNING:-$(mktemp -d)}"
 
