@@ -22,8 +22,8 @@ FEW_ZEROS = 0.25
 
 
 def check(model: nn.Module, plan: Plan | None = None) -> Report:
-    """Return a table of every linear layer: pattern, sparsity asked and got, finiteness, bytes, bits for each weight of
-    the dense matrix, backend and why.
+    """Return a table of every linear layer: pattern, format, sparsity asked and got, finiteness, bytes, bits for each
+    weight of the dense matrix, backend and why.
 
     Args:
         model: packed, masked or dense.
@@ -64,6 +64,7 @@ def check(model: nn.Module, plan: Plan | None = None) -> Report:
                 "layer": name,
                 "shape": f"{weight.shape[0]}x{weight.shape[1]}",
                 "pattern": str(asked) if asked else "dense" if got < FEW_ZEROS else "zeros, no plan",
+                "format": sparse.format if sparse is not None else "dense",
                 "asked": None if asked_share is None else round(asked_share, 4),
                 "sparsity": round(got, 4),
                 "finite": finite,
@@ -79,6 +80,7 @@ def check(model: nn.Module, plan: Plan | None = None) -> Report:
         "sparse": len(pruned),
         "packed": len(packed),
     }
+    numbers: dict[str, Any] = {}
     if pruned:
         dense_bytes, now_bytes = sum(row["dense bytes"] for row in pruned), sum(row["bytes"] for row in pruned)
         zeros = sum(row["sparsity"] * row["dense bytes"] for row in pruned)
@@ -86,6 +88,7 @@ def check(model: nn.Module, plan: Plan | None = None) -> Report:
         summary["bytes of the sparse layers"] = (
             f"{now_bytes:,} of {dense_bytes:,} dense ({now_bytes / dense_bytes:.3f})"
         )
+        numbers = {"sparse_bytes": now_bytes, "dense_bytes": dense_bytes, "ratio": now_bytes / dense_bytes}
     notes = problems + _why_these_backends(packed) + _second_copies(packed)
     if plan is not None:
         missing = [name for name in plan.masks if name not in dict(model.named_modules())]
@@ -96,7 +99,7 @@ def check(model: nn.Module, plan: Plan | None = None) -> Report:
         notes.append("no layer is packed: the zeros save neither time nor memory until sparsekit.pack_(model)")
     elif loose := [row["layer"] for row in pruned if row["layer"] not in packed and row["sparsity"] >= 0.25]:
         notes.append(f"{len(loose)} sparse layers are not packed and no faster for their zeros, as {loose[0]}")
-    return Report("sparsekit check", rows, summary, notes, ok=not problems)
+    return Report("sparsekit check", rows, summary, notes, ok=not problems, numbers=numbers)
 
 
 def _pattern_of(layer: SparseLinear) -> Pattern:

@@ -1,4 +1,4 @@
-"""Saving and loading: dense with zeros, which opens anywhere, or packed, at 9/16 of the bytes.
+"""Saving and loading: dense with zeros, which opens anywhere, or packed, in fewer bytes.
 
 A folder appears under its final name whole or not at all. `sparsekit.json` in it lists the weight files with their
 SHA-256, so that a truncated or altered checkpoint is refused by name before anything is built.
@@ -43,7 +43,7 @@ def save(
     Args:
         model: a transformers model, or any module (`load` then needs the module to fill).
         save_directory: written beside and renamed into place; a failed save leaves what was there.
-        packed: True keeps packed layers packed, at 9/16 of the dense bytes; opening it takes `import sparsekit`.
+        packed: True keeps packed layers packed, in fewer bytes; opening it takes `import sparsekit`.
             False writes them dense with their zeros, for any other tool.
         tokenizer: saved into the same folder where given.
         max_shard_size: as in transformers.
@@ -107,7 +107,10 @@ def load(
     elif model is not None:
         loaded = _read_module(model, folder, manifest, backend)
     else:
-        raise ValueError(f"{folder} holds the weights of a plain module: pass a dense one to load into, as model=")
+        raise ValueError(
+            f"config.json is missing in {folder}: fetch it again if the checkpoint is that of a transformers model; "
+            "for the weights of a plain module, pass a dense one to load into, as model="
+        )
     return loaded if device is None else loaded.to(device)
 
 

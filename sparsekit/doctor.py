@@ -231,6 +231,8 @@ def read_config(name: str) -> Any:
     """
     from transformers import AutoConfig
 
+    if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):  # no hub name is so
+        raise FileNotFoundError(f"no model {name!r}: there is no such folder")
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -316,7 +318,9 @@ def _measure(
     if left_out:
         report.notes.append(f"not measured within {max_seconds:.0f} s: {', '.join(left_out)}")
     if report.rows:
-        report.summary |= _totals(report.rows, num_tokens)
+        gains = _gains(report.rows, num_tokens)
+        report.summary |= _totals(gains)
+        report.numbers["linear_layers"] = [{"M": m, **gain} for m, gain in gains.items()]
         report.notes += noise_notes([row["noise"] for row in report.rows])
 
 
@@ -325,18 +329,25 @@ def advice(speedup: float) -> str:
     return "sparse" if speedup >= 1.05 else "stay dense" if speedup < 1 else "no gain"
 
 
-def _totals(rows: list[dict[str, Any]], num_tokens: tuple[int, ...]) -> dict[str, Any]:
-    """Speed-up of all measured layers of one pass through the model, for each M, and the verdict."""
-    totals: dict[str, Any] = {}
+def _gains(rows: list[dict[str, Any]], num_tokens: tuple[int, ...]) -> dict[int, dict[str, float]]:
+    """Return M -> milliseconds of all measured layers in one pass of the model, dense and sparse, and the speed-up."""
     gains = {}
     for m in num_tokens:
         mine = [row for row in rows if row["M"] == m]
-        if not mine:
-            continue
-        dense = sum(row["dense ms"] * row["count"] for row in mine)
-        sparse = sum(row["sparse ms"] * row["count"] for row in mine)
-        gains[m] = dense / sparse
-        totals[f"linear layers at M={m}"] = f"{dense:.4g} ms dense, {sparse:.4g} ms sparse: {gains[m]:.2f}x"
+        dense, sparse = (sum(row[f"{side} ms"] * row["count"] for row in mine) for side in ("dense", "sparse"))
+        if mine:
+            gains[m] = {"dense_ms": dense, "sparse_ms": sparse, "speedup": dense / sparse}
+    return gains
+
+
+def _totals(all_gains: dict[int, dict[str, float]]) -> dict[str, Any]:
+    """Return the gains in words, and the verdict."""
+    totals = {
+        f"linear layers at M={m}": f"{gain['dense_ms']:.4g} ms dense, {gain['sparse_ms']:.4g} ms sparse: "
+        f"{gain['speedup']:.2f}x"
+        for m, gain in all_gains.items()
+    }
+    gains = {m: gain["speedup"] for m, gain in all_gains.items()}
     faster = [f"M={m} ({gain:.2f}x)" for m, gain in gains.items() if gain >= 1.05]
     slower = [f"M={m} ({gain:.2f}x)" for m, gain in gains.items() if gain < 1.05]
     if not faster:

@@ -86,10 +86,8 @@ def pack_(
     """
     if prefill not in PREFILLS:
         raise ValueError(f"prefill={prefill!r} is none of {', '.join(map(repr, PREFILLS))}")
-    if format != "auto":
-        FORMATS.get(format)
-    if backend != "auto":
-        BACKENDS.get(backend)
+    FORMATS.check(format)
+    BACKENDS.check(backend)
     if isinstance(model, nn.Linear):
         raise ValueError("pack_ replaces layers inside a model: for a single layer use SparseLinear.from_linear(layer)")
     whole, model = model, unwrapped(model)

@@ -1,7 +1,7 @@
 """One table for each kind of part: methods, formats, backends, architectures."""
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -12,10 +12,11 @@ class Registry(Generic[T]):
 
     Args:
         kind: what the parts are, in the singular, for messages ("method", "backend").
+        meant: name that people try -> the part that they mean, where spelling does not tell ("cuda" -> "triton").
     """
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, meant: Mapping[str, str] | None = None) -> None:
+        self.kind, self._meant = kind, dict(meant or {})
         self._parts: dict[str, T] = {}
 
     def register(self, name: str, part: T) -> T:
@@ -26,8 +27,13 @@ class Registry(Generic[T]):
 
     def get(self, name: str) -> T:
         if name not in self._parts:
-            raise ValueError(unknown(self.kind, name, list(self._parts)))
+            raise ValueError(unknown(self.kind, name, list(self._parts), self._meant))
         return self._parts[name]
+
+    def check(self, name: str) -> None:
+        """Raise ValueError unless `name` is that of a part, or "auto"."""
+        if name != "auto" and name not in self._parts:
+            raise ValueError(unknown(self.kind, name, ["auto", *self._parts], self._meant))
 
     def __contains__(self, name: object) -> bool:
         return name in self._parts
@@ -39,9 +45,9 @@ class Registry(Generic[T]):
         return list(self._parts.items())
 
 
-def unknown(kind: str, name: object, known: list[str]) -> str:
-    """Return the message for a name that is not in `known`, with the nearest one where there is one."""
+def unknown(kind: str, name: object, known: list[str], meant: Mapping[str, str] | None = None) -> str:
+    """Return the message for a name that is not in `known`, with the one meant, else the nearest, if there is one."""
     near = difflib.get_close_matches(str(name).lower(), [k.lower() for k in known], n=1, cutoff=0.6)
-    nearest = next((k for k in known if near and k.lower() == near[0]), None)
+    nearest = (meant or {}).get(str(name).lower()) or next((k for k in known if near and k.lower() == near[0]), None)
     hint = f" Did you mean {nearest!r}?" if nearest else ""
     return f"unknown {kind} {name!r}: known are {', '.join(map(repr, sorted(known)))}.{hint}"

@@ -19,6 +19,7 @@ class Report:
         rows: one dict a row; columns appear in the order in which keys are first seen.
         summary: headline name -> value.
         notes: sentences the reader must not miss, as what fell back and why.
+        numbers: what the summary says in words, as numbers for programs; not printed.
         ok: False when something that was promised does not hold; the command line then exits with 1.
     """
 
@@ -27,6 +28,7 @@ class Report:
     summary: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     ok: bool = True
+    numbers: dict[str, Any] = field(default_factory=dict)
 
     @property
     def columns(self) -> list[str]:
@@ -37,6 +39,7 @@ class Report:
             "title": self.title,
             "ok": self.ok,
             "summary": self.summary,
+            "numbers": self.numbers,
             "rows": self.rows,
             "notes": self.notes,
         }

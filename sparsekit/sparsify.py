@@ -11,11 +11,12 @@ from sparsekit.backends import BACKENDS, resolve
 from sparsekit.check import check
 from sparsekit.errors import SparsekitError
 from sparsekit.formats import FORMATS, WeightSpec
+from sparsekit.formats.block import MOST_OF_DENSE, share_of_dense
 from sparsekit.methods import METHODS, OneShot, method_config
 from sparsekit.methods.grid import is_quantised
 from sparsekit.nn import unwrapped
 from sparsekit.pack import pack_
-from sparsekit.patterns import NM, Pattern, parse_pattern
+from sparsekit.patterns import NM, Block, Pattern, parse_pattern
 from sparsekit.prune import prune_
 from sparsekit.snapshot import restored_on_failure
 from sparsekit.surgery import apply_
@@ -78,10 +79,8 @@ def sparsify(
     wanted = parse_pattern(pattern)
     if constraints is not None:
         raise ValueError(f"constraints={constraints!r}: one-shot methods take no budget; leave it out and set sparsity")
-    if format != "auto":
-        FORMATS.get(format)
-    if backend != "auto":
-        BACKENDS.get(backend)
+    FORMATS.check(format)
+    BACKENDS.check(backend)
     if not isinstance(model, nn.Module):
         raise ValueError(f"model={model!r} is a {type(model).__name__}: pass the loaded model, an nn.Module")
     whole, model = model, unwrapped(model)
@@ -117,11 +116,7 @@ def sparsify(
         if format != "auto" or _has_packed_format(layers):
             pack_(model, format, backend, layers=layers, scales=plan.scales if plan else None, progress=progress)
         else:
-            warnings.warn(
-                f"no packed format runs {wanted} weights faster: the layers stay dense, with zeros, and cost the same "
-                "time and memory as before. Use pattern='2:4' for speed",
-                stacklevel=2,
-            )
+            warnings.warn(_why_dense(wanted, layers), stacklevel=2)
         report = check(model, plan)
         if not report.ok:
             raise SparsekitError(f"the result does not hold what was asked for:\n{report}")
@@ -134,8 +129,8 @@ def _choose_method(method: Any, pattern: Pattern, sparsity: float, format: str, 
     if method is None:
         if not has_data:
             warnings.warn(
-                "no dataset: pruned by magnitude, which at 2:4 costs far more quality than SparseGPT does with as few "
-                "as 128 samples of text. Pass dataset= and tokenizer=",
+                f"no dataset: pruned to {pattern} by magnitude, which costs far more quality than SparseGPT does with "
+                "as few as 128 samples of text. Pass dataset= and tokenizer=",
                 stacklevel=3,
             )
         method = "sparsegpt" if has_data else "magnitude"
@@ -164,6 +159,19 @@ def _obey(layers: dict[str, nn.Module], pattern: Pattern) -> bool:
 
 def _has_negative_zero(w_NK: Tensor) -> bool:
     return bool((w_NK.signbit() & (w_NK == 0)).any())
+
+
+def _why_dense(pattern: Pattern, layers: dict[str, nn.Module]) -> str:
+    """Return why no layer of a pruned model was packed, and what to do."""
+    cost = "the layers stay dense, with zeros, and cost the same time and memory as before"
+    if isinstance(pattern, Block) and pattern.rows % 16 == 0 and pattern.columns % 16 == 0:
+        least = min(share_of_dense(weight_NK(layer)) for layer in layers.values())
+        if least > MOST_OF_DENSE:
+            return (
+                f"too few blocks of {pattern} were removed: packed, each layer would take {least:.0%} or more of its "
+                f"dense bytes, and above {MOST_OF_DENSE:.0%} none is packed. So {cost}. Raise sparsity for speed"
+            )
+    return f"no packed format runs {pattern} weights faster: {cost}. Use pattern='2:4' for speed"
 
 
 def _has_packed_format(layers: dict[str, nn.Module]) -> bool:

@@ -55,6 +55,8 @@ class TestCheck:
         assert report.summary["linear layers"] == report.summary["sparse"] == 3
         assert report.summary["packed"] == (3 if packed else 0)
         bytes_line = report.summary["bytes of the sparse layers"]
+        assert report.numbers == {"sparse_bytes": held, "dense_bytes": 4 * total, "ratio": held / (4 * total)}
+        assert {row["format"] for row in report.rows} == {"semi24" if packed else "dense"}
         assert bytes_line == f"{held:,} of {4 * total:,} dense ({held / (4 * total):.3f})"
         assert any("no layer is packed" in note for note in report.notes) is not packed
 

@@ -286,7 +286,9 @@ class TestPlainModules:
 
     def test_needs_the_module(self, tmp_path):
         sk.save(sk.pack_(plain()), tmp_path / "m")
-        with pytest.raises(ValueError, match="pass a dense one to load into, as model="):
+        with pytest.raises(
+            ValueError, match="config.json is missing in .*: fetch it again .* pass a dense one to load into, as model="
+        ):
             sk.load(tmp_path / "m")
 
     @pytest.mark.parametrize("packed", [True, False])

@@ -56,6 +56,12 @@ def test_config_without_weights():
     assert all(row["advice"] == advice(row["speedup"]) for row in report.rows)
     assert report.summary["verdict"].startswith(("stay dense", "sparse pays"))
     assert "linear layers at M=2" in report.summary
+    for gain in report.numbers["linear_layers"]:
+        mine = [row for row in report.rows if row["M"] == gain["M"]]
+        assert gain["dense_ms"] == pytest.approx(sum(row["dense ms"] * row["count"] for row in mine))
+        assert gain["speedup"] == pytest.approx(gain["dense_ms"] / gain["sparse_ms"])
+        assert f"{gain['speedup']:.2f}x" in report.summary[f"linear layers at M={gain['M']}"]
+    assert [gain["M"] for gain in report.numbers["linear_layers"]] == [1, 2]
 
 
 def test_module_with_targets():
@@ -189,8 +195,11 @@ def test_missing_model(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError, match="no config.json"):
         doctor(tmp_path, progress=False)
+    for name in (str(tmp_path / "nowhere"), "./nowhere", "a/b/c"):
+        with pytest.raises(FileNotFoundError, match="there is no such folder"):
+            doctor(name, progress=False)
     with pytest.raises(FileNotFoundError, match="llama-3-8b"):
-        doctor(str(tmp_path / "nowhere"), progress=False)
+        doctor("nobody/nowhere", progress=False)
 
 
 def test_dtype_names():

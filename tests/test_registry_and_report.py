@@ -4,7 +4,9 @@ import json
 import os
 
 import pytest
+from torch import nn
 
+import sparsekit as sk
 from sparsekit.registry import Registry
 from sparsekit.report import Report, show
 
@@ -22,11 +24,47 @@ def test_registry_lists_the_known_and_names_the_nearest():
         registry.register("wanda", 3)
 
 
+def test_registry_knows_what_is_meant_and_where_auto_is_legal():
+    registry: Registry[int] = Registry("backend", meant={"cuda": "triton"})
+    registry.register("triton", 1)
+    registry.register("cpu", 2)
+    registry.check("auto")
+    registry.check("cpu")
+    with pytest.raises(ValueError, match="'cuda': known are 'auto', 'cpu', 'triton'. Did you mean 'triton'?"):
+        registry.check("CUDA".lower())
+    with pytest.raises(ValueError, match="unknown backend 'auto': known are 'cpu', 'triton'."):
+        registry.get("auto")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"backend": "gpu"}, "known are 'auto', 'cpu', .* Did you mean 'triton'"),
+        ({"backend": "cuda"}, "Did you mean 'triton'"),
+        ({"format": "int4"}, "known are 'auto', 'block', .* Did you mean 'semi24_int4'"),
+        ({"format": "INT8"}, "Did you mean 'semi24_int8'"),
+        ({"format": "fp8"}, "Did you mean 'semi24_fp8'"),
+    ],
+)
+def test_names_that_people_try(options, message):
+    model = nn.Sequential(nn.Linear(8, 8))
+    for call in (sk.pack_, sk.sparsify):
+        with pytest.raises(ValueError, match=message):
+            call(model, **options)
+
+
 def test_report_prints_all_it_holds(tmp_path):
-    report = Report("title", [{"a": 1, "b": "x [y]"}, {"a": 2.5, "c": None}], {"speed": 1.75}, ["mind [this]"])
+    report = Report(
+        "title",
+        [{"a": 1, "b": "x [y]"}, {"a": 2.5, "c": None}],
+        {"speed": 1.75},
+        ["mind [this]"],
+        numbers={"hidden": 7},
+    )
     text = str(report)
     for part in ("title", "speed: 1.75", "x [y]", "2.5", "mind [this]"):
         assert part in text
+    assert "hidden" not in text and report.to_dict()["numbers"] == {"hidden": 7}
     assert report.columns == ["a", "b", "c"]
     assert (
         json.loads(report.to_json(tmp_path / "r.json"))

@@ -224,8 +224,16 @@ class TestWeightsThatObeyAlready:
 
 class TestWarnings:
     def test_no_dataset(self):
-        with pytest.warns(UserWarning, match="no dataset: pruned by magnitude.*Pass dataset="):
+        with pytest.warns(UserWarning, match="no dataset: pruned to 2:4 by magnitude.*Pass dataset="):
             sk.sparsify(tiny(), progress=False)
+        with pytest.warns(UserWarning, match="no dataset: pruned to 16x16 by magnitude"):
+            sk.sparsify(tiny(), "16x16", progress=False)
+
+    def test_too_few_blocks_removed(self):
+        model = nn.Sequential(nn.Linear(128, 128))
+        with pytest.warns(UserWarning, match="too few blocks of 32x32 .* take 88% .* above 80% .*Raise sparsity"):
+            sk.sparsify(model, "32x32", sparsity=0.125, method="magnitude", progress=False)
+        assert not sparse_layers(model)
 
     def test_none_with_a_dataset_or_a_named_method(self):
         with warnings.catch_warnings():

@@ -174,7 +174,7 @@ def _owns_its_storage(tensor: Tensor) -> bool:
     return tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
-BACKENDS: Registry[Backend] = Registry("backend")
+BACKENDS: Registry[Backend] = Registry("backend", meant={"gpu": "triton", "cuda": "triton"})
 
 
 def resolve(
@@ -192,6 +192,7 @@ def resolve(
     if prefill not in PREFILLS:
         raise ValueError(f"prefill={prefill!r} is none of {', '.join(map(repr, PREFILLS))}")
     remedy = "Use backend='auto'" + ("" if prefill in ("dense", "auto") else " or prefill='dense'")
+    BACKENDS.check(name)
     if name != "auto":
         backend = BACKENDS.get(name)
         reason = backend.why_not(spec, device, prefill)

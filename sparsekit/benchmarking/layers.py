@@ -13,7 +13,6 @@ from sparsekit.benchmarking.timing import Comparison, rotate, time_pair
 from sparsekit.errors import SparsekitError, Unsupported
 from sparsekit.formats import FORMATS, WeightSpec
 from sparsekit.nn import SparseLinear
-from sparsekit.registry import unknown
 
 MAX_COPIES = 16
 
@@ -57,6 +56,7 @@ def in_format(shapes: Sequence[LayerShape], format: str) -> list[LayerShape]:
     Raises:
         ValueError: no such format, or it is "block", whose speed a shape alone does not tell.
     """
+    FORMATS.check(format)
     if format == "auto":
         return list(shapes)
     if format == "block":
@@ -64,8 +64,6 @@ def in_format(shapes: Sequence[LayerShape], format: str) -> list[LayerShape]:
             "format='block': its speed depends on how many blocks are stored, which a shape does not tell. Prune to "
             "blocks and save, then name that checkpoint"
         )
-    if format not in FORMATS:
-        raise ValueError(unknown("format", format, ["auto", *FORMATS]))
     return [replace(shape, format=format, block=None, num_blocks=None) for shape in shapes]
 
 

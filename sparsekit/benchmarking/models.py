@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.benchmarking.layers import MODEL_TOLERANCE, LayerShape, agree, layer_row, time_layers
-from sparsekit.benchmarking.machine import cache_bytes, device_of, environment, free_bytes
+from sparsekit.benchmarking.machine import device_of, environment, free_bytes
 from sparsekit.benchmarking.timing import NOISY, Comparison, Timing, noise_notes, synchronize
 from sparsekit.errors import SparsekitError
 from sparsekit.nn import SparseLinear, dense_layer, sparse_layers
@@ -90,12 +90,13 @@ def benchmark(
     report.rows += rows
     speedups = {phase: timings.ratio("dense", "sparse") for phase, timings in (comparison or {}).items() if sparse}
     report.summary |= {f"{phase} speedup": round(value, 3) for phase, value in speedups.items()}
+    report.numbers["speedup"] = speedups
     if comparison and "decode" in comparison:
         for side, timing in comparison["decode"].timings.items():
             report.summary[f"decode tokens/s {side}"] = batch_size * new_tokens / timing.median
     report.notes += noise_notes([timings.noise for timings in (comparison or {}).values()])
     report.summary |= memory_summary(model)
-    reason = _reason(sparse, rows, comparison, num_tokens, new_tokens, device)
+    reason = _reason(sparse, rows, comparison, num_tokens, new_tokens)
     report.summary["verdict"] = verdict(speedups, reason) if speedups else _layer_verdict(sparse, rows)
     if any(timings.noise > NOISY for timings in (comparison or {}).values()):
         best = {
@@ -303,26 +304,26 @@ def _reason(
     comparison: dict[str, Comparison] | None,
     num_tokens: dict[str, int],
     new_tokens: int,
-    device: torch.device,
 ) -> str:
     """Say why the model is not faster; the first cause that applies."""
     if not sparse:
         return "no layer is packed"
     if all(layer.backend == "reference" for layer in sparse.values()):
         return "only the reference backend runs here, which multiplies densely (sparsekit.explain says why)"
-    weights = sum(layer.dense_bytes() for layer in sparse.values())
-    if weights < cache_bytes(device):
-        return (
-            f"all pruned weights, {weights / 1e6:.1f} MB dense, stay in the processor's cache of "
-            f"{cache_bytes(device) / 1e6:.0f} MB, so reading fewer bytes saves nothing"
-        )
     phase = "decode" if "decode" in num_tokens else next(iter(num_tokens), "")
-    if comparison and phase in comparison:
+    mine = [row for row in rows if row["what"] == phase]
+    if not mine:
+        return ""
+    calls = sum(row["count"] for row in mine)
+    dense_ms, sparse_ms = (sum(row[f"{side} ms"] * row["count"] for row in mine) for side in ("dense", "sparse"))
+    if comparison and phase in comparison and dense_ms >= FASTER * sparse_ms:
         step = comparison[phase]["dense"].median * 1e3 / (new_tokens if phase == "decode" else 1)
-        inside = sum(row["dense ms"] * row["count"] for row in rows if row["what"] == phase)
-        if inside < 0.5 * step:
-            return f"the pruned layers take {inside / step:.0%} of a dense {phase} step, and the rest does not change"
-    return "the dense kernels are as fast at these shapes (rows below)"
+        if dense_ms < 0.5 * step:
+            return f"the pruned layers take {dense_ms / step:.0%} of a dense {phase} step, and the rest does not change"
+    return (
+        f"in {phase} one call of a packed layer takes {1e3 * sparse_ms / calls:.3g} µs on average, of a dense one "
+        f"{1e3 * dense_ms / calls:.3g} µs (rows below)"
+    )
 
 
 def _layer_verdict(sparse: dict[str, SparseLinear], rows: list[dict[str, Any]]) -> str:

@@ -25,8 +25,7 @@ def bench_model(
         ValueError: `format` is another one than that of the packed model.
     """
     in_format([], format)
-    if backend != "auto":
-        BACKENDS.get(backend)
+    BACKENDS.check(backend)
     if rounds < 1 or any(size < 1 for key, size in sizes.items() if key != "new_tokens") or sizes["new_tokens"] < 0:
         raise ValueError(f"rounds={rounds}, {', '.join(f'{k}={v}' for k, v in sizes.items())}: numbers of at least 1")
     model, notes = load_model(name, dtype, device)
@@ -54,8 +53,7 @@ def bench_shapes(
     """Time the kernels at the layer shapes of a known model, on random weights."""
     if any(m < 1 for m in num_tokens):
         raise ValueError(f"--num-tokens {num_tokens}: numbers of at least 1")
-    if backend != "auto":
-        BACKENDS.get(backend)
+    BACKENDS.check(backend)
     wanted = in_format(get_shapes(shapes), format)
     target = parse_device(device)
     weights = torch.bfloat16 if dtype == "auto" else parse_dtype(dtype)

@@ -12,10 +12,11 @@ from sparsekit.benchmarking.models import memory_summary
 from sparsekit.cli.models import bytes_on_disk, load_model, load_tokenizer, need_file
 from sparsekit.cli.output import Output
 from sparsekit.evaluate import perplexity
+from sparsekit.formats import FORMATS
 from sparsekit.methods import METHODS
 from sparsekit.nn import sparse_layers
 from sparsekit.patterns import parse_pattern
-from sparsekit.report import Report
+from sparsekit.report import Report, show
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +48,8 @@ class PruneOptions:
         parse_pattern(self.pattern)
         need_file(self.dataset, "--dataset")
         need_file(self.eval_dataset, "--eval-dataset")
-        if self.backend != "auto":
-            BACKENDS.get(self.backend)
+        BACKENDS.check(self.backend)
+        FORMATS.check(self.format)
         if self.format != "auto":  # a method's config is where format and pattern meet
             METHODS.get(self.method or "magnitude")(pattern=self.pattern, sparsity=self.sparsity, format=self.format)
         if self.method is not None and METHODS.get(self.method).statistics is not None and self.dataset is None:
@@ -98,7 +99,7 @@ def run_prune(options: PruneOptions, output: Output) -> None:
     sk.save(model, options.out, packed=is_packed, tokenizer=tokenizer)
     output.add("saved", saved_report(model, options.model, options.out, is_packed))
     if options.packed and not is_packed:
-        output.say(f"{options.pattern} has no packed format: saved dense, with zeros; no speed-up is to be expected")
+        output.say("no layer could be packed, as the warning says: saved dense, with zeros, and no faster for them")
     if options.bench:
         output.add("benchmark", sk.benchmark(model, progress=output.progress, **fitting_lengths(model)))
 
@@ -136,17 +137,28 @@ def _quality(
 
 
 def _short_check(report: Report) -> Report:
-    """The check for people: one line for each kind of layer."""
-    kinds: dict[tuple[object, ...], dict[str, object]] = {}
+    """The check for people: one line for each kind of layer, with a range where its layers differ in a number."""
+    kinds: dict[tuple[object, ...], list[dict[str, Any]]] = {}
     for row in report.rows:
-        name = str(row["layer"]).rpartition(".")[2]
-        key = (name, row["shape"], row["pattern"], row["sparsity"], row["finite"], row["backend"])
-        kind = kinds.setdefault(key, {"layers": 0, "name": name} | {k: row[k] for k in _SHOWN if k in row})
-        kind["layers"] = int(str(kind["layers"])) + 1
-    return Report(report.title, list(kinds.values()), report.summary, report.notes, report.ok)
+        named = {"name": str(row["layer"]).rpartition(".")[2], **row}
+        kinds.setdefault(tuple(named.get(column) for column in _KIND), []).append(named)
+    rows = [
+        {"layers": len(alike)}
+        | {column: alike[0].get(column) for column in _KIND}
+        | {column: _range([row[column] for row in alike], digits) for column, digits in _RANGES.items()}
+        for alike in kinds.values()
+    ]
+    return Report(report.title, rows, report.summary, report.notes, report.ok)
 
 
-_SHOWN = ("shape", "pattern", "sparsity", "finite", "dense bytes", "bytes", "bits a weight", "backend")
+_KIND = ("name", "shape", "pattern", "format", "finite", "backend")
+_RANGES = {"sparsity": 3, "dense bytes": 0, "bytes": 0, "bits a weight": 3}
+"""Column -> decimals in which layers must differ to be shown as a range."""
+
+
+def _range(values: list[float], digits: int) -> object:
+    low, high = (round(value, digits) if digits else value for value in (min(values), max(values)))
+    return low if low == high else f"{show(low)} to {show(high)}"
 
 
 def _tokenizer_if_any(name: str) -> object | None:

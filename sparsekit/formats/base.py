@@ -149,4 +149,6 @@ def with_dtype(spec: WeightSpec, dtype: torch.dtype) -> WeightSpec:
     return replace(spec, dtype=dtype)
 
 
-FORMATS: Registry[Format] = Registry("format")
+FORMATS: Registry[Format] = Registry(
+    "format", meant={"int8": "semi24_int8", "int4": "semi24_int4", "fp8": "semi24_fp8", "2:4": "semi24"}
+)

@@ -20,6 +20,12 @@ MOST_OF_DENSE = 0.8
 """A weight that takes a larger share of its dense bytes than this stays dense unless `block` is asked for by name."""
 
 
+def share_of_dense(w_NK: Tensor) -> float:
+    """Return which share of its dense bytes a weight takes in this format."""
+    (N, K), (block, stored) = w_NK.shape, best_block(w_NK)
+    return block_bytes(N, K, block, stored, w_NK.element_size()) / max(w_NK.nbytes, 1)
+
+
 class Block(Format):
     """Whole blocks are stored or zero; the size of the blocks is found in the weight, see `best_block`."""
 

@@ -18,6 +18,7 @@ import sparsekit as sk
 from sparsekit.benchmarking import SHAPES, LayerShape
 from sparsekit.cli import app, demo
 from sparsekit.cli.models import load_model
+from sparsekit.cli.prune import _short_check
 from sparsekit.nn import sparse_layers
 from sparsekit.report import Report
 
@@ -85,7 +86,23 @@ def test_prune_dense_opens_anywhere(tiny_model, tmp_path):
 def test_prune_unstructured_says_that_it_gains_nothing(tiny_model, tmp_path):
     result = run("prune", tiny_model, tmp_path / "out", "--pattern", "unstructured", "--method", "magnitude", "-q")
     assert result.exit_code == 0, result.stderr
-    assert "no packed format" in result.stdout and "stay dense" in result.stdout
+    assert "no layer could be packed" in result.stdout and "stay dense" in result.stdout
+    assert "no packed format runs unstructured" in result.stderr
+
+
+def test_the_check_has_one_line_for_each_kind_of_layer():
+    row = {"shape": "8x8", "pattern": "unstructured", "format": "dense", "finite": True, "backend": "torch"}
+    row |= {"dense bytes": 128, "bytes": 128, "bits a weight": 16.0}
+    rows = [row | {"layer": f"{i}.up", "sparsity": 0.4996 + i / 10_000} for i in range(8)]
+    rows += [row | {"layer": "0.down", "sparsity": 0.4}, row | {"layer": "1.down", "sparsity": 0.6}]
+    rows += [row | {"layer": "2.down", "sparsity": 0.6, "format": "semi24"}]
+    shown = _short_check(Report("check", rows)).rows
+    assert [(line["layers"], line["name"], line["sparsity"]) for line in shown] == [
+        (8, "up", 0.5),
+        (2, "down", "0.4 to 0.6"),
+        (1, "down", 0.6),
+    ]
+    assert shown[0]["bytes"] == 128 and "format" in shown[0]
 
 
 def test_eval(tiny_model, text):
@@ -209,6 +226,7 @@ BAD = {
     "backend": (["prune", "{model}", "{out}", "--backend", "tpu"], "unknown backend 'tpu'"),
     "no dataset": (["prune", "{model}", "{out}", "--method", "wanda"], "needs calibration text"),
     "missing dataset": (["prune", "{model}", "{out}", "--dataset", "none.txt"], "none.txt: there is no such file"),
+    "missing folder": (["prune", "./nowhere", "{out}"], "there is no such folder"),
     "missing model": (["prune", "nowhere/at-all", "{out}"], "no model 'nowhere/at-all'"),
     "out is model": (["prune", "{model}", "{model}"], "OUT is MODEL"),
     "out is a file": (["prune", "{model}", "{text}"], "is a file"),
