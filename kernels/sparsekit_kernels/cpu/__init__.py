@@ -20,8 +20,10 @@ threads. Zeros of W are multiplied like any other weight, so a NaN or infinity i
 as it does in a dense product. Denormal bf16 count as zero where the processor multiplies bf16 (`avx512_bf16`).
 
 Quantised weights meet x as integers: each token's x become 16 bits (bf16) or 24 bits (fp32) of fixed point for every
-128 columns, and sums within these columns are exact. Most bf16 x lose nothing at all, see csrc/quantised.h for the
-bounds; `portable` multiplies x as it is.
+128 columns, and sums within these columns are exact. Most bf16 x lose nothing at all. Where an outlier would cost the
+other x of its 128 columns their bits, what rounding took from them is multiplied too: each x is then off by at most
+2^-30 (bf16) or 2^-46 (fp32) of the outlier, at twice the work for these columns of this token alone. Elsewhere it is
+2^-15 or 2^-23 of the largest of the 128; see csrc/quantised.h. `portable` multiplies x as it is.
 """
 
 import ctypes

@@ -102,6 +102,7 @@ struct Spmm24Of : Schedule {
     explicit Spmm24Of(const Problem& problem) : Schedule(problem) {}
 
     int64_t bytes_of_x(int64_t tokens) const { return tokens * groups * 4 * (int64_t)sizeof(X); }
+    int64_t bytes_of_rests(int64_t) const { return 0; }
     size_t panel_bytes() const { return num_tiles > 1 ? strip * Arch::UNITS * sizeof(typename Arch::Weights) : 0; }
     size_t scratch_bytes() const { return panel_bytes() + num_tokens * Arch::UNITS * sizeof(typename Arch::Sums); }
 

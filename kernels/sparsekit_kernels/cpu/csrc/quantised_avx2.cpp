@@ -21,9 +21,9 @@ struct Words {
     static constexpr int ROWS = 4, UNITS = 8, PLANES = NUM_PLANES, MAX_TOKENS = 1;
     static constexpr int STRIP = 2048, TOKEN_BLOCK = 512, PREFETCH = 1024;
 
-    // Returns false if x holds NaN or infinities, which count as zero here. The last plane of two is a signed byte.
+    // Returns what it found; NaN and infinities count as zero here. The last plane of two is a signed byte.
     template <int OFFSET>
-    static bool quantise(const float* x, X (*planes)[SCALED_GROUPS * 4], Step* steps) {
+    static int quantise(const float* x, X (*planes)[SCALED_GROUPS * 4], Step* steps) {
         constexpr int COLUMNS = SCALED_GROUPS * 4;
         const __m256i infinity = _mm256_set1_epi32(0x7F800000);
         __m256i top = _mm256_setzero_si256(), all_finite = _mm256_set1_epi32(-1);
@@ -42,9 +42,16 @@ struct Words {
         for (int i = 0; i < 8; i++) highest = tops[i] > highest ? tops[i] : highest;
         const int exponent = step_exponent<NUM_PLANES * 8 + 8>(highest);
         const __m256 inverse = _mm256_set1_ps(power_of_two(-exponent));
+        const __m256i limit = _mm256_set1_epi32(small_limit(highest));
+        __m256i excess = _mm256_setzero_si256();  // four times the small minus the non-zero
         for (int i = 0; i < COLUMNS; i += 8) {
             alignas(32) int32_t whole[8];
-            const __m256 scaled = _mm256_mul_ps(_mm256_load_ps(finite_x + i), inverse);
+            const __m256 xs = _mm256_load_ps(finite_x + i);
+            const __m256i magnitude = _mm256_and_si256(_mm256_castps_si256(xs), _mm256_set1_epi32(0x7FFFFFFF));
+            const __m256i nonzero = _mm256_cmpgt_epi32(magnitude, _mm256_setzero_si256());
+            const __m256i small = _mm256_and_si256(_mm256_cmpgt_epi32(limit, magnitude), nonzero);
+            excess = _mm256_sub_epi32(_mm256_add_epi32(excess, nonzero), _mm256_slli_epi32(small, 2));
+            const __m256 scaled = _mm256_mul_ps(xs, inverse);
             _mm256_store_si256((__m256i*)whole, _mm256_cvtps_epi32(scaled));
             for (int c = 0; c < 8; c++) {
                 const int8_t low = (int8_t)whole[c];
@@ -53,7 +60,11 @@ struct Words {
             }
         }
         for (int v = 0; v < NUM_PLANES; v++) steps[v] = {power_of_two(exponent + 8 * (NUM_PLANES - 1 - v)), 0};
-        return _mm256_movemask_epi8(all_finite) == -1;
+        alignas(32) int32_t excesses[8];
+        _mm256_store_si256((__m256i*)excesses, excess);
+        int total = 0;
+        for (int i = 0; i < 8; i++) total += excesses[i];
+        return (_mm256_movemask_epi8(all_finite) == -1 ? 0 : SPECIAL) | (total > 0 ? WIDE : 0);
     }
 
     static INLINE Sums start(int32_t) { return _mm256_setzero_si256(); }

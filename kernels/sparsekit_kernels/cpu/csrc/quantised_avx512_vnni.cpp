@@ -19,9 +19,9 @@ struct Vnni {
     static constexpr int ROWS = 16, UNITS = 2, PLANES = NUM_PLANES, MAX_TOKENS = 12 / NUM_PLANES;
     static constexpr int STRIP = 4096, TOKEN_BLOCK = 512, PREFETCH = 2048;
 
-    // Returns false if x holds NaN or infinities, which count as zero here.
+    // Returns what it found; NaN and infinities count as zero here.
     template <int OFFSET>
-    static bool quantise(const float* x, X (*planes)[SCALED_GROUPS * 4], Step* steps) {
+    static int quantise(const float* x, X (*planes)[SCALED_GROUPS * 4], Step* steps) {
         constexpr int REGISTERS = SCALED_GROUPS * 4 / 16;
         const __m512i infinity = _mm512_set1_epi32(0x7F800000);
         __m512i bits[REGISTERS], top = _mm512_setzero_si512();
@@ -34,10 +34,17 @@ struct Vnni {
             bits[i] = _mm512_maskz_mov_epi32(finite, bits[i]);
             top = _mm512_mask_max_epi32(top, finite, top, magnitude);
         }
-        const int exponent = step_exponent<NUM_PLANES * 8>(_mm512_reduce_max_epi32(top));
+        const uint32_t highest = _mm512_reduce_max_epi32(top);
+        const int exponent = step_exponent<NUM_PLANES * 8>(highest);
         const __m512 inverse = _mm512_set1_ps(power_of_two(-exponent));
-        __m512i sums[NUM_PLANES] = {};
+        const __m512i limit = _mm512_set1_epi32(small_limit(highest)), sign = _mm512_set1_epi32(1 << 31);
+        __m512i sums[NUM_PLANES] = {}, excess = _mm512_setzero_si512();  // four times the small minus the non-zero
         UNROLL for (int i = 0; i < REGISTERS; i++) {
+            const __m512i magnitude = _mm512_andnot_si512(sign, bits[i]);
+            const __mmask16 nonzero = _mm512_test_epi32_mask(magnitude, magnitude);
+            const __mmask16 small = _mm512_mask_cmplt_epi32_mask(nonzero, magnitude, limit);
+            excess = _mm512_mask_add_epi32(excess, nonzero, excess, _mm512_set1_epi32(-1));
+            excess = _mm512_mask_add_epi32(excess, small, excess, _mm512_set1_epi32(4));
             __m512i rest = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_castsi512_ps(bits[i]), inverse));
             UNROLL for (int v = NUM_PLANES - 1; v >= 0; v--) {
                 const __m128i bytes = _mm512_cvtepi32_epi8(rest);
@@ -50,7 +57,7 @@ struct Vnni {
         UNROLL for (int v = 0; v < NUM_PLANES; v++) {
             steps[v] = {power_of_two(exponent + 8 * (NUM_PLANES - 1 - v)), -OFFSET * _mm512_reduce_add_epi32(sums[v])};
         }
-        return is_finite;
+        return (is_finite ? 0 : SPECIAL) | (_mm512_reduce_add_epi32(excess) > 0 ? WIDE : 0);
     }
 
     static INLINE Sums start(int32_t value) { return (Ints)_mm512_set1_epi32(value); }

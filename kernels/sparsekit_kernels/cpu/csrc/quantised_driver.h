@@ -3,7 +3,8 @@
 //
 // A *vector* is one plane of one token: a tile multiplies TOKENS * PLANES vectors. Its sums live in registers for the 32
 // groups that share a step of x and a scale of W, and are then scaled into fp32 totals in the first cache. So every y is
-// one chain of sums over k whatever M, the number of threads or the tile: results do not depend on them.
+// one chain of sums over k whatever M, the number of threads or the tile: results do not depend on them. Where x holds
+// outliers (quantised.h), what rounding took from the 128 x is added at the end of the chain, by tiles of one token.
 #pragma once
 #include "schedule.h"
 
@@ -11,6 +12,8 @@ struct Step {
     float scale;    // of the sums of one vector
     int32_t start;  // where they start: minus the offset of the weights times the sum of the vector
 };
+
+enum Finding { SPECIAL = 1, WIDE = 2 };  // in 128 x: NaN or infinities; outliers, see quantised.h
 
 template <class Arch>
 struct Tile {
@@ -108,16 +111,28 @@ struct QuantisedOf : Schedule {
 
     static constexpr int64_t MAX_TOKENS = Arch::MAX_TOKENS, STRIP = Arch::STRIP / 4, TOKEN_BLOCK = Arch::TOKEN_BLOCK;
     static constexpr int64_t SLAB_ROWS = Arch::UNITS * Arch::ROWS;
+    static constexpr int OFFSET = BITS == 8 ? 128 : 8, VALUE_BYTES = QUANTISED_ROWS * 2 * BITS / 8;
+    static constexpr int MASK_BYTES = QUANTISED_ROWS / 2;
     static_assert(STRIP % SCALED_GROUPS == 0, "a step of x is that of one strip");
 
-    uint8_t* is_special;  // [M]: the token holds NaN or infinities, which the tiles left out
+    // What the rounding of 128 x took from them, packed for a tile of one token.
+    struct Rest {
+        Step steps[Arch::PLANES];
+        X x[SCALED_GROUPS][Arch::PLANES][4];
+    };
 
-    explicit QuantisedOf(const Problem& problem) : Schedule(problem), is_special(nullptr) {}
+    uint8_t* is_special;  // [M]: the token holds NaN or infinities, which the tiles left out
+    uint8_t* has_rest;    // [M][groups / 32]
+    bool any_rest;
+
+    explicit QuantisedOf(const Problem& problem)
+        : Schedule(problem), is_special(nullptr), has_rest(nullptr), any_rest(false) {}
 
     static int64_t num_steps(int64_t g) { return ceil_div(g, SCALED_GROUPS); }
     int64_t bytes_of_x(int64_t tokens) const {
         return tokens * Arch::PLANES * (groups * 4 * (int64_t)sizeof(X) + num_steps(groups) * (int64_t)sizeof(Step));
     }
+    int64_t bytes_of_rests(int64_t tokens) const { return tokens * num_steps(groups) * (int64_t)sizeof(Rest); }
     size_t panel_bytes() const { return num_tiles > 1 ? strip * Arch::UNITS * sizeof(Weights) : 0; }
     size_t scratch_bytes() const { return panel_bytes() + num_tokens * Arch::UNITS * sizeof(Totals); }
 
@@ -130,7 +145,33 @@ struct QuantisedOf : Schedule {
         return all + (num_steps(g) * num_tokens + begin * num_steps(min_of(strip, groups - g))) * Arch::PLANES;
     }
 
-    void pack(int64_t g_begin, int64_t tile) const {
+    // Of token m of the block: [groups / 32].
+    Rest* rests_of(int64_t m) const { return (Rest*)((char*)x + bytes_of_x(num_tokens)) + m * num_steps(groups); }
+
+    // Keep x - (x in fixed point) of 128 x of token m from group g on, unless it is zero.
+    __attribute__((noinline)) void pack_rest(const float* wide, const X (*planes)[SCALED_GROUPS * 4], const Step* steps,
+                                             int64_t m, int64_t g) {
+        constexpr int COLUMNS = SCALED_GROUPS * 4;
+        alignas(64) float rest[COLUMNS];
+        alignas(64) X rest_planes[Arch::PLANES][COLUMNS];
+        bool is_exact = true;
+        for (int c = 0; c < COLUMNS; c++) {
+            float fixed = 0;  // of at most 24 bits, and the difference of no more than x itself: both are exact
+            for (int v = 0; v < Arch::PLANES; v++) fixed += planes[v][c] * steps[v].scale;
+            rest[c] = wide[c] - fixed;  // NaN and infinities stay, and count as zero once more
+            is_exact &= rest[c] == 0;
+        }
+        if (is_exact) return;
+        Rest& to = rests_of(m)[g / SCALED_GROUPS];
+        Arch::template quantise<OFFSET>(rest, rest_planes, to.steps);
+        for (int i = 0; i < SCALED_GROUPS; i++) {
+            for (int v = 0; v < Arch::PLANES; v++) memcpy(to.x[i][v], rest_planes[v] + i * 4, 4 * sizeof(X));
+        }
+        has_rest[(m_begin + m) * num_steps(groups) + g / SCALED_GROUPS] = 1;
+        __atomic_store_n(&any_rest, true, __ATOMIC_RELAXED);
+    }
+
+    void pack(int64_t g_begin, int64_t tile) {
         const int64_t g_end = min_of(g_begin + strip, groups), begin = tile_begin(tile), tokens = tile_begin(tile + 1) - begin;
         const int64_t vectors = tokens * Arch::PLANES;
         for (int64_t m = 0; m < tokens; m++) {
@@ -147,9 +188,9 @@ struct QuantisedOf : Schedule {
                 } else {
                     for (int64_t c = 0; c < COLUMNS; c++) wide[c] = c < columns ? widen(in[g * 4 + c]) : 0.0f;
                 }
-                if (!Arch::template quantise<BITS == 8 ? 128 : 8>(wide, planes, steps)) {
-                    __atomic_store_n(&is_special[m_begin + begin + m], 1, __ATOMIC_RELAXED);
-                }
+                const int found = Arch::template quantise<OFFSET>(wide, planes, steps);
+                if (found & SPECIAL) __atomic_store_n(&is_special[m_begin + begin + m], 1, __ATOMIC_RELAXED);
+                if (found & WIDE) pack_rest(wide, planes, steps, begin + m, g);
                 const int64_t count = min_of(g_end - g, SCALED_GROUPS);
                 for (int64_t i = 0; i < count; i++, to += vectors * 4) {
                     UNROLL for (int v = 0; v < Arch::PLANES; v++) memcpy(to + v * 4, planes[v] + i * 4, 4 * sizeof(X));
@@ -159,7 +200,6 @@ struct QuantisedOf : Schedule {
     }
 
     void slab(int64_t s, void* scratch) const {
-        constexpr int VALUE_BYTES = QUANTISED_ROWS * 2 * BITS / 8, MASK_BYTES = QUANTISED_ROWS / 2;
         const int64_t block = s * SLAB_ROWS / QUANTISED_ROWS, next_block = (s + 1) * SLAB_ROWS / QUANTISED_ROWS;
         auto* totals = (Totals*)((char*)scratch + panel_bytes());
         memset((void*)totals, 0, num_tokens * Arch::UNITS * sizeof(Totals));
@@ -169,12 +209,10 @@ struct QuantisedOf : Schedule {
         for (int64_t g = 0; g < groups; g += strip) {
             t.groups = min_of(strip, groups - g);
             const int64_t at = block * groups + g, next = g + t.groups < groups ? at + t.groups : next_block * groups;
-            t.values = (const uint8_t*)p.values + at * VALUE_BYTES;
-            t.masks = (const uint8_t*)p.masks + at * MASK_BYTES;
+            set_weights(&t, block, g);
             // An address past the last weight is never read: to prefetch it is harmless.
             t.next_values = (const uint8_t*)p.values + next * VALUE_BYTES;
             t.next_masks = (const uint8_t*)p.masks + next * MASK_BYTES;
-            t.scales = (const uint16_t*)p.scales + (block * num_steps(groups) + num_steps(g)) * QUANTISED_ROWS;
             for (int64_t i = 0; i < num_tiles; i++) {
                 const int64_t begin = tile_begin(i);
                 t.x = x_of(g, begin);
@@ -185,7 +223,32 @@ struct QuantisedOf : Schedule {
                 Dispatch<Arch, BITS, Arch::MAX_TOKENS>::run(t, (int)(tile_begin(i + 1) - begin), source);
             }
         }
+        if (any_rest) add_rests(t, block, totals);
         finish(s * SLAB_ROWS, totals);
+    }
+
+    // Let a tile begin at group g of a block of rows.
+    void set_weights(Tile<Arch>* t, int64_t block, int64_t g) const {
+        t->values = (const uint8_t*)p.values + (block * groups + g) * VALUE_BYTES;
+        t->masks = (const uint8_t*)p.masks + (block * groups + g) * MASK_BYTES;
+        t->scales = (const uint16_t*)p.scales + (block * num_steps(groups) + num_steps(g)) * QUANTISED_ROWS;
+    }
+
+    void add_rests(Tile<Arch> t, int64_t block, Totals* totals) const {
+        const int64_t count = num_steps(groups);
+        for (int64_t m = 0; m < num_tokens; m++) {
+            const uint8_t* has = has_rest + (m_begin + m) * count;
+            for (int64_t i = 0; i < count; i++) {
+                if (!has[i]) continue;
+                const Rest& rest = rests_of(m)[i];
+                set_weights(&t, block, i * SCALED_GROUPS);
+                t.groups = min_of(groups - i * SCALED_GROUPS, SCALED_GROUPS);
+                t.x = rest.x[0][0];
+                t.steps = rest.steps;
+                t.totals = totals + m * Arch::UNITS;
+                Dispatch<Arch, BITS, Arch::MAX_TOKENS>::run(t, 1, EXPAND);
+            }
+        }
     }
 
     // y = scale * totals + bias, for the rows of a slab and all tokens.
@@ -239,8 +302,9 @@ struct QuantisedOf : Schedule {
 template <class Arch, int BITS, class Value>
 int spmm24_quantised(const Problem& p) {
     QuantisedOf<Arch, BITS, Value> kernel(p);
-    kernel.is_special = (uint8_t*)calloc(p.M + 1, 1);
+    kernel.is_special = (uint8_t*)calloc(p.M + 1, 1 + kernel.num_steps(kernel.groups));
     if (!kernel.is_special) return 1;
+    kernel.has_rest = kernel.is_special + p.M;
     int status = run(kernel);
     if (!status && memchr(kernel.is_special, 1, p.M)) {
         auto repair = [](int64_t begin, int64_t end, void* context) {
@@ -254,6 +318,9 @@ int spmm24_quantised(const Problem& p) {
     free(kernel.is_special);
     return status;
 }
+
+// X / 128 for the same: below it an x is small. 0 where that is denormal: no x is small then.
+INLINE int small_limit(uint32_t top) { return top >= 8u << 23 ? (int)(top - (7u << 23)) : 0; }
 
 // The step of fixed-point x in 128 columns of which `top` holds the bits of the largest |x|: 2^*exponent, so that
 // |x| < (1 - 1 / 128) 2^(*exponent + BITS - 1), which leaves room for the carry between signed bytes.

@@ -18,10 +18,10 @@ struct Floats {
     static constexpr int STRIP = 512, TOKEN_BLOCK = 512, PREFETCH = 0;
 
     template <int OFFSET>
-    static bool quantise(const float* x, X (*planes)[SCALED_GROUPS * 4], Step* steps) {
+    static int quantise(const float* x, X (*planes)[SCALED_GROUPS * 4], Step* steps) {
         memcpy(planes[0], x, sizeof(planes[0]));
         steps[0] = {1.0f, 0};
-        return true;  // NaN and infinities need no care
+        return 0;  // NaN, infinities and outliers need no care
     }
 
     static INLINE Sums start(int32_t) { return Float8{}; }

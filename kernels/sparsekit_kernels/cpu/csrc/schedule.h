@@ -29,6 +29,7 @@ INLINE void narrow(float v, uint16_t* out) {  // to nearest even; NaN stays NaN
 //     MAX_TOKENS, STRIP, TOKEN_BLOCK    tokens of a tile, groups of four columns of a strip, tokens of a block, at most
 //     SLAB_ROWS                         rows of W that are one piece of work
 //     bytes_of_x(tokens)                room for the packed x of a block
+//     bytes_of_rests(tokens)            room after it that is rarely touched
 //     scratch_bytes()                   room that a thread needs
 //     pack(g, tile)                     pack x of one tile, in the strip that begins at group g
 //     slab(s, scratch)                  y of slab s for all tokens of the block
@@ -54,7 +55,8 @@ int run(Kernel& kernel) {
     const int64_t fit = X_BYTES / (kernel.bytes_of_x(1) + 1);
     const int64_t most_tokens = fit < 96 ? 96 : min_of(fit, Kernel::TOKEN_BLOCK);
     const int64_t num_token_blocks = ceil_div(p.M, most_tokens), token_block = ceil_div(p.M, num_token_blocks);
-    if (posix_memalign(&kernel.x, 64, (size_t)kernel.bytes_of_x(token_block))) return 1;
+    const int64_t bytes = kernel.bytes_of_x(token_block) + kernel.bytes_of_rests(token_block);
+    if (posix_memalign(&kernel.x, 64, (size_t)bytes)) return 1;
     int status = 0;
     for (kernel.m_begin = 0; kernel.m_begin < p.M && !status; kernel.m_begin += token_block) {
         kernel.num_tokens = min_of(token_block, p.M - kernel.m_begin);
