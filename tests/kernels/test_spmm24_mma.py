@@ -107,11 +107,12 @@ def disassemble(kernel, tmp_path):
 
 
 def assert_fits(kernel, capability, tmp_path, spilled=0):
-    """Nothing is spilled, or at most `spilled` bytes outside of the loop that multiplies."""
+    """Nothing is spilled, or at most `spilled` bytes of which the loop that multiplies loads one register back."""
     code, usage = disassemble(kernel, tmp_path)
     assert usage["STACK"] <= spilled and usage["LOCAL"] == 0, f"spills: {usage}"
     hot = loop_of(code) if spilled else [instruction for _, instruction in code]
-    assert not any(re.search(r"\b(LDL|STL)\b", instruction) for instruction in hot), "local memory is used"
+    local = [instruction for instruction in hot if re.search(r"\b(LDL|STL)\b", instruction)]
+    assert len(local) <= (spilled > 0) and not any("STL" in instruction for instruction in local), local
     assert kernel.metadata.shared <= SHARED_KIB[capability] * 1024, f"{kernel.metadata.shared} bytes of shared memory"
     threads = 32 * kernel.metadata.num_warps
     assert usage["REG"] * threads <= 65536, f"{usage['REG']} registers for each of {threads} threads"
@@ -236,7 +237,7 @@ def test_every_epilogue_compiles(capability, tmp_path):
     kernel = compile_for(capability, "semi24_int8", "bf16", plain_int8, K=1000, gated=gated, residual=residual)
     assert_fits(kernel, capability, tmp_path)
     split = replace(plain, SPLIT_K=4)
-    spilled = 8 if triton.__version__ < "3.7" else 0  # by 3.6 on sm_90 and sm_100: a register around the loop
+    spilled = 8 if triton.__version__ < "3.7" else 0  # Triton 3.6 on sm_90 and sm_100: an address
     assert_fits(compile_for(capability, "semi24", "fp16", split, K=1000), capability, tmp_path, spilled)
     int8_x = turn % 2 == 0
     if int8_x:
