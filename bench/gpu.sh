@@ -37,7 +37,7 @@ for word in "$@"; do
 done
 ((${#stages[@]})) || stages=("${all[@]}")
 ((${#stages[@]} > 1)) && short=(--short) # of tuning: by itself it may take all the time there is
-declare -A weight=([probe]=50 [correct]=90 [pytest]=90 [tune]=110 [decode]=100 [prefill]=70 [compile]=45 [e2e]=75 [sanitize]=40)
+declare -A weight=([probe]=75 [correct]=85 [pytest]=90 [tune]=110 [decode]=100 [prefill]=70 [compile]=45 [e2e]=75 [sanitize]=40)
 
 left_weight=0
 for stage in "${stages[@]}"; do ((left_weight += weight[$stage])); done
