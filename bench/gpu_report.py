@@ -113,17 +113,24 @@ class Bench:
         return found
 
 
+def judged(reached: float, floor: float, stretch: float | None, dry: bool) -> str:
+    """Return the verdict on one regime; the stand-ins of a dry run have no speed to judge."""
+    if dry:
+        return "not judged (dry run)"
+    return ("PASS" if reached >= floor else "FAIL") + ("+" if stretch is not None and reached >= stretch else "")
+
+
 def verdicts(bench: Bench, rows: Iterable[Row]) -> list[tuple[str, float, float, str, str]]:
     """Return (regime, floor, reached, verdict, remark) for every floor that was measured."""
-    found = []
+    rows, found = list(rows), []
+    dry = any(row["dry_run"] for row in rows)
     for floor in FLOORS:
         speedups = bench.speedups(floor)
         if not speedups:
             continue
         worst = min(speedups, key=lambda cell: speedups[cell])
         reached = speedups[worst] if floor.each else geometric_mean(list(speedups.values()))
-        verdict = "PASS" if reached >= floor.floor else "FAIL"
-        verdict += "+" if floor.stretch is not None and reached >= floor.stretch else ""
+        verdict = judged(reached, floor.floor, floor.stretch, dry)
         layers = len({layer for layer, _ in speedups})
         remark = f"{layers} of 8 layers; worst {speedups[worst]:.2f}, {worst[0]} M={worst[1]}"
         found.append((floor.label, floor.floor, reached, verdict, remark))
@@ -135,7 +142,7 @@ def verdicts(bench: Bench, rows: Iterable[Row]) -> list[tuple[str, float, float,
         both = [how for how in HOWS if how in decode.get(format, {}) and how in decode.get("dense", {})]
         if both:
             ours, dense = (decode[side][both[0]]["tokens_per_s"] for side in (format, "dense"))
-            verdict = ("PASS" if ours / dense >= floor_value else "FAIL") + ("+" if ours / dense >= stretch else "")
+            verdict = judged(ours / dense, floor_value, stretch, dry)
             remark = f"{ours:.0f} against {dense:.0f} tokens/s; {both[0]}"
             found.append((f"end to end, {SHORT[format]} / dense bf16", floor_value, ours / dense, verdict, remark))
     return found
@@ -273,11 +280,16 @@ def page_section(rows: list[Row]) -> str:
 NOTHING = "**Nothing has been measured on a GPU yet.** No speed is claimed until this section holds numbers."
 
 
+def is_measured(row: Row) -> bool:
+    """Return whether a row was measured on a GPU."""
+    return row["benchmark"].startswith("gpu_") and not row["dry_run"]
+
+
 def write_page(page: Path, results: list[Path]) -> None:
     """Replace the section of results of the page by what the rows say, or by the plain word that there are none."""
     sections = []
     for path in results:
-        rows = [row for row in load(path) if row["benchmark"].startswith("gpu_") and not row["dry_run"]]
+        rows = [row for row in load(path) if is_measured(row)]
         if rows:
             sections.append(page_section(rows))
     body = "\n\n".join(sections) or NOTHING
@@ -294,6 +306,9 @@ def main() -> int:
     parser.add_argument("--print", action="store_true", help="to the screen instead of docs/gpu.md")
     options = parser.parse_args()
     files = options.files or sorted(RESULTS.glob("*.jsonl"))
+    if not any(is_measured(row) for path in files for row in load(path)):
+        where = ", ".join(map(str, options.files)) or RESULTS.relative_to(ROOT)
+        print(f"no measurement of a GPU in {where}: run python bench/gpu_bench.py on a machine that has one")
     if options.print:
         for path in files:
             print(page_section(load(path)))

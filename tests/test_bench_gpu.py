@@ -52,9 +52,34 @@ def test_floors_are_geometric_means_over_the_faster_dense():
     assert remark.startswith("2 of 8 layers; worst 1.60, 8B o")
     # The layer's own choice is held to its own time, and torch.compile is a dense rival where it was measured.
     assert verdict_of(rows, "any M, auto / dense bf16, worst")[2] == pytest.approx(16 / 11)
-    rows.append({"benchmark": "gpu_compile", "layer": "8B o", "M": 1, "compiled_over_dense": 0.5})
+    compiled = {"benchmark": "gpu_compile", "layer": "8B o", "M": 1, "compiled_over_dense": 0.5}
+    rows.append(compiled | {"dry_run": False})
     assert verdict_of(rows, "decode M=1, bf16 2:4 / dense bf16")[2] == pytest.approx((0.8 * 2.5) ** 0.5)
     assert verdict_of(rows, "any M, auto / dense bf16, worst")[3] == "FAIL"
+
+
+def test_a_dry_run_is_not_judged(tmp_path):
+    rows = [bench_row("dense mm", "dense", 10.0, dry_run=True), bench_row("auto", "semi24", 20.0, dry_run=True)]
+    rows += [
+        bench_row("", format, 1.0, dry_run=True, benchmark="gpu_e2e_decode", how="CUDA graph of the eager step")
+        | {"tokens_per_s": speed}
+        for format, speed in (("dense", 10.0), ("semi24", 5.0))
+    ]
+    report, results = module("gpu_report"), tmp_path / "gpu.jsonl"
+    found = report.verdicts(report.Bench(rows), rows)
+    assert len(found) == 3 and {line[3] for line in found} == {"not judged (dry run)"}
+    results.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert not any("FAIL" in line or "PASS" in line for line in report.summary(results))
+
+
+def test_the_report_says_that_there_is_nothing_to_report(tmp_path, monkeypatch, capsys):
+    report, results = module("gpu_report"), tmp_path / "gpu.jsonl"
+    results.write_text(json.dumps(bench_row("auto", "semi24", 1.0, dry_run=True)) + "\n")
+    monkeypatch.setattr(report, "PAGE", tmp_path / "gpu.md")
+    (tmp_path / "gpu.md").write_text("## Results\n")
+    monkeypatch.setattr(sys, "argv", ["gpu_report.py", str(results)])
+    assert report.main() == 0
+    assert "no measurement of a GPU in " in capsys.readouterr().out
 
 
 def test_the_last_measurement_counts_and_fp8_has_its_own_rival():
