@@ -26,6 +26,8 @@ import torch.nn.functional as F
 from gpu_kernels import BLOCK_FORMATS, FORMATS, WAYS, Prepared, Way, Weight, mma_kernel, pack, random24, random_blocks
 from gpu_machine import Machine, capture, open_machine, say
 from sparsekit_kernels import compress24, cusparselt, fragments24, layout24, layout_block, spmm24, spmm24_mma
+from sparsekit_kernels.quant import dequantize24
+from sparsekit_kernels.quantize_tokens import quantize_tokens
 from torch import Tensor
 
 SMALL = ((16, 32), (17, 8), (63, 257), (48, 80), (130, 1000))
@@ -159,6 +161,21 @@ def block_weight(N: int, K: int, block: tuple[int, int], dtype: torch.dtype, dev
     return Weight(next(iter(BLOCK_FORMATS)), w_NK, layout_block.compress_block(w_NK, block), dtype)
 
 
+def integer_product(weight: Weight, prepared: Prepared, x: Tensor) -> tuple[str | None, float]:
+    """int8 tokens times int8 weights: the sums are exact, so only the last rounding may differ from float64."""
+    values, meta, scales = weight.tensors
+    q, x_scales = quantize_tokens(x)
+    rounded = (x.double() / x_scales.double()[:, None]).round().clamp(-127, 127)
+    if (q.double() - rounded).abs().max() > 1 or (q.double() * x_scales[:, None] - x).abs().max() > x_scales.max():
+        return "tokens are not rounded to nearest", 0.0
+    dense = layout24.decompress24(dequantize24(values, scales, weight.format, weight.K, torch.float32), meta, weight.K)
+    truth = F.linear(q.double() * x_scales.double()[:, None], dense.double())
+    y = spmm24_mma.spmm24_int8(q, *prepared, weight.N, x_scales=x_scales, out_dtype=x.dtype)
+    error = ((y.double() - truth).abs() / truth.abs().clamp_min(1e-3)).max().item()
+    limit = torch.finfo(x.dtype).eps
+    return None if error <= limit else f"relative error {error:.3g}, allowed {limit:.3g}", error / limit
+
+
 def check_mma(tally: Tally, way: Way, weight: Weight, prepared: Prepared, x: Tensor, label: str) -> None:
     """What only the fragment kernels have: split K by name, gated weights, both directions of the layout, graphs."""
     config = spmm24_mma.pick_config(weight.format, 5, weight.N, weight.K, 132)
@@ -187,6 +204,9 @@ def check_mma(tally: Tally, way: Way, weight: Weight, prepared: Prepared, x: Ten
                 activation="silu_mul",
                 **extra,
             )
+
+    if weight.format == "semi24_int8" and x.is_cuda:  # the stand-ins of a dry run know no integer tokens
+        tally.attempt("mma int8 tokens", label, lambda: integer_product(weight, prepared, x))
 
     def replayed() -> tuple[str | None, float]:
         static = torch.randn_like(x)
