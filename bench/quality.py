@@ -3,8 +3,9 @@
     python bench/quality.py --data DIR [--models wikilm,…] [--methods sparsegpt,…] [--pattern 2:4] [--seeds 0,1,2]
 
 DIR holds `models/` (stories260K, babyllama_tok105, wikilm) and `data/` (tinystories, wikitext2); what is missing is
-skipped, and said so. Calibration: 128 random chunks of the training split, as long as the test chunks. Prints a
-table, then one JSON line for each row. `--split test` reads the test text where there is one, for final numbers.
+skipped, and said so. `--data demo` takes wikilm and the text that lie in the checkout. Calibration: 128 random
+chunks of the training split, as long as the test chunks. Prints a table, then one JSON line for each row. `--split
+test` reads the test text where there is one, for final numbers.
 
     python bench/quality.py --data DIR --methods sparsegpt --formats semi24_int4,semi24_int8 --split test
 
@@ -51,6 +52,20 @@ class Case:
     valid: str
     chunk: int
     test: str | None = None
+
+    def held_out(self, split: str) -> str:
+        """Return the text of the perplexity."""
+        return self.test if split == "test" and self.test else self.valid
+
+
+def model_in(root: Path, case: Case) -> Path:
+    """Return where a case's model lies in a folder with models/, or in the checkout's demo/."""
+    return root / "models" / case.model if (root / "models").is_dir() else root / case.model
+
+
+def text_in(root: Path, file: str) -> Path:
+    """Return where a case's text lies in a folder with data/, or in the checkout's demo/."""
+    return root / "data" / file if (root / "data").is_dir() else root / "text" / Path(file).name
 
 
 CASES = (
@@ -133,11 +148,10 @@ def measure(
     published: Path | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for the dense model, then one for each method, format and seed, and for the published SparseGPT."""
-    model_dir = root / "models" / case.model
+    model_dir, held_out = model_in(root, case), case.held_out(split)
     model = load_model(model_dir)
     dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    held_out = case.test if split == "test" and case.test else case.valid
-    train, valid = (load_ids(root / "data" / file, model_dir) for file in (case.train, held_out))
+    train, valid = (load_ids(text_in(root, file), model_dir) for file in (case.train, held_out))
 
     def row(method: str, seed: int | None, seconds: float | None) -> dict[str, Any]:
         found = perplexity(model, valid, max_seq_length=case.chunk, progress=False)
@@ -146,7 +160,7 @@ def measure(
             "method": method,
             "pattern": "dense" if method == "dense" else pattern,
             "seed": seed,
-            "text": held_out,
+            "text": text_in(root, held_out).relative_to(root).as_posix().removeprefix("data/"),
             "perplexity": found.value,
             "seconds": seconds,
             "torch": torch.__version__,
@@ -189,7 +203,7 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names: Callable[[str], list[str]] = lambda text: text.split(",")  # noqa: E731
-    parser.add_argument("--data", type=Path, required=True, help="folder with models/ and data/")
+    parser.add_argument("--data", type=Path, required=True, help="folder with models/ and data/, or demo")
     parser.add_argument("--models", type=names, default=[case.model for case in CASES])
     parser.add_argument("--methods", type=names, default=["magnitude", "wanda", "sparsegpt"])
     parser.add_argument("--pattern", default="2:4")
@@ -205,7 +219,8 @@ def main() -> None:
     for case in CASES:
         if case.model not in options.models:
             continue
-        needed = [options.data / "models" / case.model, options.data / "data" / case.train]
+        texts = [text_in(options.data, file) for file in (case.train, case.held_out(options.split))]
+        needed = [model_in(options.data, case), *texts]
         if missing := [str(path) for path in needed if not path.exists()]:
             report.notes.append(f"{case.model} skipped: no {', '.join(missing)}")
             continue
