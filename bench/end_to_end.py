@@ -65,13 +65,14 @@ def main() -> int:
     parser.add_argument("--prompt-length", type=int, default=32)
     parser.add_argument("--layers", type=int, default=18, help="fewer for a quick look")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--format", default="auto", help="of the packed weights: semi24_int8, semi24_int4, ...")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     dtype = parse_dtype(options.dtype)
     assert dtype is not None
     model = build(dtype, options.device, options.layers)
     started = time.perf_counter()
-    sk.sparsify(model, "2:4", method="magnitude")
+    sk.sparsify(model, "2:4", method="magnitude", format=options.format)
     sparsify_seconds = time.perf_counter() - started
     twin = dense_twin(model)
     prompt = torch.randint(32_000, (1, options.prompt_length), device=options.device)
@@ -93,7 +94,7 @@ def main() -> int:
     ok = ratio >= REQUIRED_SPEEDUP and memory["pruned weights, ratio"] <= REQUIRED_BYTES
     parameters = sum(p.numel() for p in twin.parameters())
     summary = {"speedup of generate": round(ratio, 3), "parameters": parameters, **memory}
-    Report(f"generate, {options.dtype} on {options.device}", rows, summary, ok=ok).print()
+    Report(f"generate, {options.dtype} on {options.device}, format {options.format}", rows, summary, ok=ok).print()
     result = {
         **{key: value for key, value in vars(options).items()},
         "parameters": parameters,
