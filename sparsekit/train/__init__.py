@@ -1,0 +1,1 @@
+"""Training with masks: losses, teachers, optimizers and trainers."""
