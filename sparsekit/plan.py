@@ -38,12 +38,71 @@ class MadeBy:
     ignore: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True, eq=False)
+class SideBranch:
+    """A low-rank branch beside a sparse weight: y = x @ (W*m).T + z @ S.T with z = x @ X.T (SLoRB, arXiv 2407.20584).
+
+    Attributes:
+        S: floating [N, r].
+        X: floating [r, K]; None for the frozen block indicator, whose z are the sums of `group` consecutive features
+            of x each, so that it costs neither storage nor a product.
+        group: features in one sum. Without X, r = ceil(K / group), and the last group may be shorter. With X it only
+            names the budget that r was chosen for, or the indicator that X started from.
+    Raises:
+        ValueError: a shape or a dtype does not fit the others, or `group` is not positive.
+    """
+
+    S: Tensor
+    X: Tensor | None = None
+    group: int = 16
+
+    def __post_init__(self) -> None:
+        if self.group < 1:
+            raise ValueError(f"group={self.group} is no number of features: use 1 or more, as 16")
+        for name, factor in (("S", self.S), ("X", self.X)):
+            if factor is not None and (factor.dim() != 2 or not factor.is_floating_point()):
+                raise ValueError(f"{name} must be a floating matrix, got {factor.dtype} of shape {tuple(factor.shape)}")
+        if self.X is not None and self.X.shape[0] != self.S.shape[1]:
+            raise ValueError(f"S is {tuple(self.S.shape)} and X is {tuple(self.X.shape)}: give S [N, r] and X [r, K]")
+
+    @property
+    def rank(self) -> int:
+        """Columns of S."""
+        return self.S.shape[1]
+
+    @property
+    def num_numbers(self) -> int:
+        """How many numbers the branch stores; a frozen X is none."""
+        return self.S.numel() + (0 if self.X is None else self.X.numel())
+
+    def why_not(self, N: int, K: int) -> str | None:
+        """Return why this cannot be the branch of a weight [N, K], or None if it can."""
+        if self.S.shape[0] != N:
+            return f"its S has {self.S.shape[0]} rows, the weight has {N}"
+        if self.X is not None:
+            return None if self.X.shape[1] == K else f"its X has {self.X.shape[1]} columns, the weight has {K}"
+        rank = -(-K // self.group)
+        return None if self.rank == rank else f"its S has {self.rank} columns, {K} features make {rank} groups"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SideBranch):
+            return NotImplemented
+        if self.group != other.group or not _same(self.S, other.S):
+            return False
+        if self.X is None or other.X is None:
+            return self.X is other.X
+        return _same(self.X, other.X)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 @dataclass(repr=False, eq=False)
 class Plan:
-    """Decisions about one model: `masks` zero weights, `scales` say on which grid the others were put.
+    """Decisions about one model: `masks` zero weights, `scales` say on which grid the others were put, `side` what runs
+    beside them.
 
-    `cuts`, `perms` and `side` hold the other kinds of decision. No method makes them yet, so they are empty; they are
-    saved and loaded, so that a plan that has them is not taken for one that has not.
+    `cuts` and `perms` hold the other kinds of decision. No method makes them yet, so they are empty; they are saved and
+    loaded, so that a plan that has them is not taken for one that has not.
 
     Attributes:
         masks: qualified module name -> `Mask` of its weight, as [out_features, in_features].
@@ -53,7 +112,7 @@ class Plan:
         notes: what a reader of the report must know: layers that fell back, were padded, or were left dense.
         cuts: for later: layers, heads or channels that are kept, by module.
         perms: for later: order of the input features, by module.
-        side: for later: low-rank branches beside the sparse weights, by module.
+        side: module name -> low-rank branch beside its sparse weight; each module has a mask, too.
     """
 
     masks: dict[str, Mask] = field(default_factory=dict)
@@ -61,7 +120,7 @@ class Plan:
     notes: list[str] = field(default_factory=list)
     cuts: dict[str, Any] = field(default_factory=dict)
     perms: dict[str, Any] = field(default_factory=dict)
-    side: dict[str, Any] = field(default_factory=dict)
+    side: dict[str, SideBranch] = field(default_factory=dict)
     scales: dict[str, Tensor] = field(default_factory=dict)
 
     def __eq__(self, other: object) -> bool:
@@ -85,14 +144,15 @@ class Plan:
         notes = "".join(f"\n  • {note}" for note in self.notes)
         patterns += f" for {self.format}" if self.format else ""
         made = f"{self.made_by.method or 'by hand'}: {patterns}, {len(self.masks)} layers"
+        made += f", {len(self.side)} with a side branch" if self.side else ""
         return f"Plan({made}, sparsity={self.sparsity:.3f}){notes}"
 
     @property
     def sparsity(self) -> float:
-        """Share of the planned layers' weights that is removed."""
+        """Share of the planned layers' weights that is removed, less the numbers that side branches add."""
         total = sum(mask.shape[0] * mask.shape[1] for mask in self.masks.values())
         removed = sum(mask.sparsity * mask.shape[0] * mask.shape[1] for mask in self.masks.values())
-        return removed / max(total, 1)
+        return (removed - sum(branch.num_numbers for branch in self.side.values())) / max(total, 1)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, its JSON header holding everything that is not a tensor."""
@@ -103,10 +163,14 @@ class Plan:
             "notes": self.notes,
             "cuts": self.cuts,
             "perms": self.perms,
-            "side": self.side,
+            "side": {name: {"group": branch.group, "X": branch.X is not None} for name, branch in self.side.items()},
         }
         tensors: dict[str, Tensor] = {f"masks.{name}": mask.bits.cpu() for name, mask in self.masks.items()}
         tensors |= {f"scales.{name}": scales.cpu().contiguous() for name, scales in self.scales.items()}
+        for name, branch in self.side.items():
+            tensors[f"side.{name}.S"] = branch.S.detach().cpu().contiguous()
+            if branch.X is not None:
+                tensors[f"side.{name}.X"] = branch.X.detach().cpu().contiguous()
         with replace_file(Path(path)) as temporary:
             save_file(tensors, temporary, metadata={"sparsekit_plan": json.dumps(header)})
 
@@ -129,6 +193,16 @@ class Plan:
             if not bool(((scales > 0) & scales.isfinite()).all()):
                 raise ValueError(f"scales of {name} are not positive and finite")
 
+    def check_side(self) -> None:
+        """Raise ValueError unless every side branch fits the mask of its layer, and is finite."""
+        for name, branch in self.side.items():
+            if name not in self.masks:
+                raise ValueError(f"a side branch of {name}, which has no mask")
+            if reason := branch.why_not(*self.masks[name].shape):
+                raise ValueError(f"the side branch of {name} does not fit: {reason}")
+            if not all(bool(factor.isfinite().all()) for factor in (branch.S, branch.X) if factor is not None):
+                raise ValueError(f"the side branch of {name} holds NaN or infinity")
+
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Plan":
         """Read what `save` wrote.
@@ -146,10 +220,20 @@ class Plan:
                     name: Mask.from_bits(spec["pattern"], file.get_tensor(f"masks.{name}"), tuple(spec["shape"]))
                     for name, spec in header["masks"].items()
                 }
-                others = {kind: dict(header.get(kind, {})) for kind in ("cuts", "perms", "side")}
+                others = {kind: dict(header.get(kind, {})) for kind in ("cuts", "perms")}
                 scales = {name: file.get_tensor(f"scales.{name}") for name in header.get("scales", [])}
-                plan = cls(masks, MadeBy(**header["made_by"]), list(header["notes"]), **others, scales=scales)
+                side = {
+                    name: SideBranch(
+                        file.get_tensor(f"side.{name}.S"),
+                        file.get_tensor(f"side.{name}.X") if spec["X"] else None,
+                        spec["group"],
+                    )
+                    for name, spec in header.get("side", {}).items()
+                }
+                made_by, notes = MadeBy(**header["made_by"]), list(header["notes"])
+                plan = cls(masks, made_by, notes, **others, side=side, scales=scales)
                 plan.check_scales()
+                plan.check_side()
                 return plan
         except Exception as error:
             raise CheckpointError(f"{path} is not a complete sparsekit plan ({error}): make it again") from error

@@ -11,7 +11,7 @@ from sparsekit_kernels.quant import GRIDS
 from sparsekit.errors import CheckpointError
 from sparsekit.masks import Mask
 from sparsekit.patterns import NM
-from sparsekit.plan import MadeBy, Plan
+from sparsekit.plan import MadeBy, Plan, SideBranch
 from sparsekit.registry import unknown
 
 
@@ -21,7 +21,8 @@ def make_plan() -> Plan:
     made_by = MadeBy(
         "wanda", {"pattern": "2:4"}, "tiny", "abc", 7, {"torch": "2"}, False, 12, 256, ["Linear"], ["head"]
     )
-    return Plan(masks, made_by, ["a note"], {"layers": [0, 2]}, {"layers.0": [1, 0]}, {"layers.1": "rank 4"})
+    side = {"layers.0.proj": SideBranch(torch.rand(3, 2), group=8)}
+    return Plan(masks, made_by, ["a note"], {"layers": [0, 2]}, {"layers.0": [1, 0]}, side)
 
 
 def test_round_trip(tmp_path):
@@ -75,6 +76,56 @@ def test_what_an_older_file_lacks_is_empty(tmp_path):
     assert loaded.masks == plan.masks and loaded.notes == plan.notes
     assert loaded.cuts == loaded.perms == loaded.side == {}
     assert (loaded.made_by.num_samples, loaded.made_by.targets, loaded.made_by.seed) == (0, [], 7)
+
+
+def test_branches_survive_the_file(tmp_path):
+    plan = make_plan()
+    plan.side["layers.1.proj"] = SideBranch(torch.rand(4, 3).bfloat16(), torch.rand(3, 10), group=5)
+    plan.save(tmp_path / "plan")
+    loaded = Plan.load(tmp_path / "plan")
+    assert loaded == plan and loaded.side["layers.0.proj"].X is None
+    assert loaded.side["layers.1.proj"].S.dtype == torch.bfloat16 and loaded.side["layers.1.proj"].group == 5
+    for change in (
+        SideBranch(plan.side["layers.1.proj"].S, plan.side["layers.1.proj"].X, group=4),
+        SideBranch(plan.side["layers.1.proj"].S, plan.side["layers.1.proj"].X * 2, group=5),
+        SideBranch(plan.side["layers.1.proj"].S.float(), plan.side["layers.1.proj"].X, group=5),
+        SideBranch(torch.zeros(4, 2), group=5),
+    ):
+        plan.side["layers.1.proj"] = change
+        assert plan != loaded
+
+
+def test_what_branches_store_is_no_sparsity():
+    plan = make_plan()
+    without = Plan(plan.masks).sparsity
+    assert plan.sparsity == pytest.approx(without - 6 / 70)
+
+
+@pytest.mark.parametrize(
+    "branch, name, message",
+    [
+        (SideBranch(torch.zeros(3, 2), group=8), "layers.7.proj", "which has no mask"),
+        (SideBranch(torch.zeros(4, 2), group=8), "layers.0.proj", "S has 4 rows, the weight has 3"),
+        (SideBranch(torch.zeros(3, 2), group=16), "layers.0.proj", "S has 2 columns, 10 features make 1 groups"),
+        (SideBranch(torch.zeros(3, 2), torch.zeros(2, 9)), "layers.0.proj", "X has 9 columns, the weight has 10"),
+        (SideBranch(torch.full((3, 1), float("nan"))), "layers.0.proj", "holds NaN or infinity"),
+    ],
+)
+def test_branches_that_do_not_fit_are_refused(tmp_path, branch, name, message):
+    plan = make_plan()
+    plan.side = {name: branch}
+    plan.save(tmp_path / "plan")
+    with pytest.raises(CheckpointError, match=message):
+        Plan.load(tmp_path / "plan")
+
+
+def test_a_branch_whose_factors_do_not_fit_is_refused():
+    with pytest.raises(ValueError, match="group=0 is no number of features"):
+        SideBranch(torch.zeros(3, 2), group=0)
+    with pytest.raises(ValueError, match="S must be a floating matrix, got torch.int64"):
+        SideBranch(torch.zeros(3, 2, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"give S \[N, r\] and X \[r, K\]"):
+        SideBranch(torch.zeros(3, 2), torch.zeros(3, 8))
 
 
 def rounded_plan(format="semi24_int4", N=3, K=300):
@@ -135,7 +186,7 @@ def test_names_that_are_not_near_are_not_offered():
 
 
 def test_sparsity_counts_every_weight_once():
-    plan = make_plan()
+    plan = Plan(make_plan().masks)
     removed = sum(int((~mask.keep).sum()) for mask in plan.masks.values())
     assert plan.sparsity == pytest.approx(removed / sum(mask.keep.numel() for mask in plan.masks.values()))
     assert Plan().sparsity == 0
@@ -165,5 +216,5 @@ def test_altered_bits_that_break_the_pattern_are_refused(tmp_path):
 
 
 def test_a_plan_prints_as_one_line_and_its_notes():
-    assert str(make_plan()) == "Plan(wanda: 2:4, 2 layers, sparsity=0.400)\n  • a note"
+    assert str(make_plan()) == "Plan(wanda: 2:4, 2 layers, 1 with a side branch, sparsity=0.314)\n  • a note"
     assert repr(Plan()) == "Plan(by hand: nothing, 0 layers, sparsity=0.000)"

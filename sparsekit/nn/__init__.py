@@ -10,17 +10,22 @@ from sparsekit.nn.replace import (
     unwrapped,
     warn_of_fallbacks,
 )
+from sparsekit.nn.side import SideLinear, install_side_, side_branches, side_layers
 from sparsekit.nn.sparse_linear import SparseLinear
 
 __all__ = [
     "FusedGroup",
+    "SideLinear",
     "SparseLinear",
     "dense_layer",
     "disband_broken_groups_",
     "fuse_",
     "grid_of",
+    "install_side_",
     "remember_grid_",
     "replace_layer_",
+    "side_branches",
+    "side_layers",
     "sparse_layers",
     "unwrapped",
     "warn_of_fallbacks",
