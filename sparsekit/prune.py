@@ -11,7 +11,7 @@ from sparsekit.archs import find_blocks
 from sparsekit.calibration import Statistics, Walk, load_samples
 from sparsekit.errors import NonFiniteError
 from sparsekit.masks import Mask
-from sparsekit.methods import Decision, Magnitude, OneShot, method_config
+from sparsekit.methods import Decision, Magnitude, OneShot, Trained, is_trained, method_config
 from sparsekit.nn import remember_grid_
 from sparsekit.patterns import NM
 from sparsekit.plan import MadeBy, Plan
@@ -23,7 +23,7 @@ from sparsekit.version import __version__
 
 def prune_(
     model: nn.Module,
-    method: str | OneShot,
+    method: str | OneShot | Trained,
     *,
     dataset: Any = None,
     tokenizer: Any = None,
@@ -46,7 +46,9 @@ def prune_(
 
     Args:
         model: a transformers model, or any `nn.Module` with linear layers.
-        method: "magnitude", "wanda", "sparsegpt", or a config, as `SparseGPT(pattern="2:4")`.
+        method: "magnitude", "wanda", "sparsegpt", "ria", "alps", or a config, as `SparseGPT(pattern="2:4")`; or the
+            config of a method that trains, as `sparsekit.AST(max_steps=300)`, which then goes by its own number of
+            samples, lengths, batch size and seed.
         dataset: calibration data; see `load_samples` for all that is accepted. Magnitude needs none.
         tokenizer: for a dataset of text.
         targets: which layers; see `find_targets`.
@@ -63,6 +65,8 @@ def prune_(
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     config = method_config(method)
+    if is_trained(config):
+        return config.train_(model, dataset, tokenizer, targets=targets, ignore=ignore, progress=progress)
     # Iterables are read more than once.
     targets, ignore = (
         each if isinstance(each, str) or callable(each) else list(each or ()) for each in (targets, ignore)

@@ -25,6 +25,7 @@ ORDER = [
     {"calibration", "surgery"},
     {"methods"},
     {"prune", "benchmarking", "evaluate"},
+    {"train"},
     {"sparsify", "doctor"},
     {"__init__"},
     {"cli"},

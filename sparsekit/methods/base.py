@@ -3,10 +3,11 @@
 import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from importlib import import_module
+from typing import Any, ClassVar, Protocol, Self, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsekit.calibration.statistics import Statistics
 from sparsekit.formats import FORMATS
@@ -132,18 +133,49 @@ def _check_format(format: str, pattern: Pattern) -> None:
 
 
 METHODS: Registry[type[OneShot]] = Registry("method")
-"""Method name -> config class."""
+"""Name of a one-shot method -> config class."""
+
+TRAINED = {"ast": "sparsekit.train:ASTConfig", "maskllm": "sparsekit.train:MaskLLMConfig"}
+"""Name of a trained method -> where its config class is; they need transformers, so each is imported when asked for."""
 
 
-def method_config(method: str | OneShot, **fields: Any) -> OneShot:
-    """Return the config that a name stands for, or the config itself.
+class Trained(Protocol):
+    """Config of a method that trains: a `transformers.TrainingArguments` with what to prune."""
+
+    pattern: str
+    method: ClassVar[str]
+
+    def train_(
+        self, model: nn.Module, dataset: Any, tokenizer: Any = None, *, targets: Any, ignore: Any, progress: bool
+    ) -> Any:
+        """Train the model in place, and return the `Plan`. Whatever ends it early, the model is as it was."""
+
+
+def is_trained(method: object) -> TypeGuard[Trained]:
+    """Return whether this is the config of a method that trains."""
+    return not isinstance(method, type) and callable(getattr(method, "train_", None))
+
+
+def trained_config(name: str) -> type[Trained]:
+    """Return the config class of a trained method."""
+    module, _, attribute = TRAINED[name].partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def method_config(method: Any, **fields: Any) -> Any:
+    """Return the config that a name stands for, or the config itself: a `OneShot` or a `Trained`.
 
     Raises:
         ValueError: no method has this name, or `method` is neither.
     """
     if isinstance(method, str):
-        return METHODS.get(method.strip().lower()).from_dict(fields)
-    if isinstance(method, OneShot):
+        name = method.strip().lower()
+        if name in TRAINED:
+            return trained_config(name)(**fields)
+        if name not in METHODS:
+            raise ValueError(unknown("method", method, [*METHODS, *TRAINED]))
+        return METHODS.get(name).from_dict(fields)
+    if isinstance(method, OneShot) or is_trained(method):
         return method
     given = f"{method.__name__} itself" if isinstance(method, type) else f"a {type(method).__name__}"
     raise ValueError(

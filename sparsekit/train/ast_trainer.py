@@ -1,0 +1,365 @@
+"""AST: learn a 2:4 mask, and the weights under it, while distilling from the dense original (arXiv 2407.20584).
+
+A step: gradients of the loss on W * m, clipped; AdamW on the dense W; removed entries pulled towards zero with
+lambda(t); every few steps the mask is chosen anew from |W|. All of that is `MaskedAdamW`; here are the schedules, the
+loss, the first mask and the low-rank branches. Masks change after an optimizer step and nowhere else, so that
+accumulation and gradient checkpointing see one mask, and every rank chooses the same.
+"""
+
+import copy
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from sparsekit.archs import vocabulary_size
+from sparsekit.calibration import Hessian, Walk, load_samples
+from sparsekit.errors import PatternError
+from sparsekit.masks import Mask
+from sparsekit.nn.side import block_indicator, install_side_, side_branches
+from sparsekit.patterns import parse_pattern
+from sparsekit.plan import MadeBy, Plan
+from sparsekit.prune import prune_
+from sparsekit.targets import find_targets, is_conv1d, set_weight_NK_, weight_NK
+from sparsekit.train.ast_config import ASTConfig
+from sparsekit.train.data import IGNORED
+from sparsekit.train.distill import TeacherOutput, TopK, distillation_loss, square_head
+from sparsekit.train.lowrank import fit_side
+from sparsekit.train.optimizer import MaskedAdamW, MaskStatistics
+from sparsekit.train.schedules import MaskedDecay, peak_for
+from sparsekit.train.teacher_cache import CachedTeacher
+from sparsekit.train.teachers import Teacher
+from sparsekit.train.trainer import Callback, SparseTrainer, shifted
+
+FOLLOW = 0.3
+"""lambda * rms(W) / rms(M) at its peak, where lambda follows the gradients. The useful range is 0.1 to 1."""
+
+
+class ASTTrainer(SparseTrainer):
+    """Trains a causal language model to N:M; see `ASTConfig` for what can be chosen.
+
+    The model is changed in place: its masked weights are zero from the first step on. `plan()` then gives the masks
+    and branches.
+
+    Args:
+        model: the dense model, the student from here on.
+        args: what to do.
+        train_dataset, eval_dataset: text, or tokens; see `sparsekit.train.data.training_samples`.
+        processing_class: tokenizer, for text.
+        teacher: the dense original; None takes a copy of `model`. Not used where the loss needs none.
+        **kwargs: of `transformers.Trainer`.
+    Raises:
+        ValueError: bad arguments or data, or a teacher with another vocabulary.
+    """
+
+    args: ASTConfig
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: ASTConfig,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        teacher: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        layers = find_targets(model, args.targets, args.ignore)
+        super().__init__(model, args, train_dataset, eval_dataset, processing_class, **kwargs)
+        self.layer_names = list(layers)
+        self.teacher: Teacher | None = None
+        if args.needs_teacher:
+            teacher = copy.deepcopy(model) if teacher is None else teacher
+            _refuse_other_vocabulary(model, teacher)
+            self.teacher = Teacher(teacher.to(args.device))
+        if args.teacher_cache is not None and self.train_samples is not None:
+            cache = CachedTeacher(args.teacher_cache)
+            self.train_dataset = cache.attach(self.train_samples, args.temperature, vocabulary_size(model))
+        self.notes: list[str] = []
+        self.mask_statistics: MaskStatistics | None = None
+        self._first_keep: dict[str, Tensor] = {}
+        self._decay = MaskedDecay(0.0, 0)
+        self.add_callback(Callback(self._begin, self._before_step, self._after_step))
+
+    # --- before the first step -------------------------------------------------------------------------------------
+
+    def _before_training(self, checkpoint: str | None) -> None:
+        """Choose the first mask and the branches; a resumed run reads both from its checkpoint."""
+        model = self.accelerator.unwrap_model(self.model)
+        layers = {name: model.get_submodule(name) for name in self.layer_names}
+        if checkpoint is None:
+            self._first_keep = self._start(model, layers)
+        elif self.args.slorb_group is not None:
+            self._install_branches(model, layers, None)
+
+    def _start(self, model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, Tensor]:
+        """Write the weights to start from into the model, dense; return the first masks [N, K]."""
+        args = self.args
+        dense = {name: weight_NK(layer).to("cpu", copy=True) for name, layer in layers.items()}
+        if isinstance(args.start, Plan):
+            masks = _masks_of(args.start, dense, args.pattern)
+        else:
+            masks = self._prune_once(model)
+        keep = {name: mask.keep for name, mask in masks.items()}
+        with torch.no_grad():
+            for name, layer in layers.items():
+                weight_NK(layer).masked_fill_(~keep[name].to(weight_NK(layer).device), 0)
+        if args.slorb_group is not None:
+            self._install_branches(model, layers, (dense, keep))
+        for name, w_NK in dense.items():
+            layer = model.get_submodule(name)
+            now = weight_NK(layer)
+            set_weight_NK_(layer, torch.where(keep[name].to(now.device), now, w_NK.to(now.device)))
+        if self.args.world_size > 1:
+            for name, mask in keep.items():  # one choice for all, whatever rounding made of it elsewhere
+                keep[name] = _from_first_rank(mask.to(args.device)).cpu()
+            for parameter in model.parameters():
+                parameter.data.copy_(_from_first_rank(parameter.data.to(args.device)))
+        return keep
+
+    def _prune_once(self, model: nn.Module) -> dict[str, Mask]:
+        plan = prune_(
+            model,
+            self.args.start,
+            dataset=None if self.args.start == "magnitude" else self._calibration(),
+            targets=self.args.targets,
+            ignore=self.args.ignore,
+            num_calibration_samples=self.args.num_calibration_samples,
+            seed=self.args.seed,
+            progress=not self.args.disable_tqdm,
+        )
+        self.notes += plan.notes
+        return plan.masks
+
+    def _install_branches(
+        self, model: nn.Module, layers: dict[str, nn.Module], fitted_to: tuple[dict[str, Tensor], ...] | None
+    ) -> None:
+        """Put a branch beside every layer, fitted to what its mask takes; one that adds nothing where there is none."""
+        group, init, train_x = self.args.slorb_group, self.args.slorb_init, self.args.slorb_train_x
+        assert group is not None
+
+        def install(name: str, hessian: Hessian | None) -> None:
+            w_NK = weight_NK(layers[name])
+            keep = torch.ones_like(w_NK, dtype=torch.bool)
+            if fitted_to is not None:
+                w_NK, keep = (tensors[name].to(w_NK.device) for tensors in fitted_to)
+            method = init if hessian is not None or init == "svd" else "mean"
+            branch = fit_side(
+                w_NK, keep, group=group, method=method, hessian=None if hessian is None else hessian.matrix
+            )
+            if train_x and branch.X is None:
+                branch = dataclasses.replace(branch, X=block_indicator(w_NK.shape[1], group))
+            install_side_(model, name, branch)
+
+        if init == "mean" or fitted_to is None:
+            for name in layers:
+                install(name, None)
+            return
+        samples = load_samples(
+            self._calibration(), model, num_samples=self.args.num_calibration_samples, seed=self.args.seed
+        )
+        with Walk(model, layers, samples.batches) as walk:
+            for step in walk.steps:
+                for name, statistics in walk.measure(step, Hessian).items():
+                    assert statistics is None or isinstance(statistics, Hessian)
+                    install(name, statistics)
+                walk.finish(step)
+
+    def _calibration(self) -> list[Tensor]:
+        samples = self.train_samples
+        if samples is None:
+            raise ValueError("train_dataset is missing: training needs data")
+        generator = torch.Generator().manual_seed(self.args.seed)
+        chosen = torch.randperm(len(samples), generator=generator)[: self.args.num_calibration_samples].tolist()
+        return [samples[index]["input_ids"][None] for index in chosen]
+
+    # --- the optimizer ---------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            args = self.args
+            self.optimizer = MaskedAdamW(
+                self._parameter_groups(model or self.accelerator.unwrap_model(self.model)),
+                pattern=args.parsed_pattern,
+                lr=args.learning_rate,
+                betas=(args.adam_beta1, args.adam_beta2),
+                eps=args.adam_epsilon,
+                masked_decay_kind=args.masked_decay_kind,
+                hysteresis=args.hysteresis,
+                keep=self._first_keep,
+            )
+        return self.optimizer
+
+    def _parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Masked weights, other matrices, and what is never decayed: vectors and the branches."""
+        masked: dict[str, tuple[nn.Parameter, bool]] = {}
+        for name in self.layer_names:
+            layer = model.get_submodule(name)
+            masked[name] = layer.get_parameter("weight"), is_conv1d(layer)
+        taken = {id(parameter) for parameter, _ in masked.values()}
+        decayed: list[nn.Parameter] = []
+        plain: list[nn.Parameter] = []
+        for name, parameter in model.named_parameters():
+            if id(parameter) in taken or not parameter.requires_grad:
+                continue
+            is_branch = name.rpartition(".")[2].startswith("side_")
+            (decayed if parameter.dim() >= 2 and not is_branch else plain).append(parameter)
+        wd = self.args.weight_decay
+        return [
+            {
+                "params": [parameter for parameter, _ in masked.values()],
+                "names": list(masked),
+                "transposed": [transposed for _, transposed in masked.values()],
+                "masked": True,
+                "weight_decay": wd,
+            },
+            {"params": decayed, "weight_decay": wd},
+            {"params": plain, "weight_decay": 0.0},
+        ]
+
+    @property
+    def masked_optimizer(self) -> MaskedAdamW:
+        """The optimizer, out of accelerate's wrapper."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        assert isinstance(optimizer, MaskedAdamW)
+        return optimizer
+
+    # --- schedules -------------------------------------------------------------------------------------------------
+
+    @property
+    def freeze_step(self) -> int:
+        """Step after which masks stay."""
+        return round(self.state.max_steps * (1 - self.args.mask_freeze_ratio))
+
+    def _begin(self) -> None:
+        args, warmup = self.args, round(self.state.max_steps * self.args.masked_decay_warmup)
+        if args.masked_decay != "auto":
+            peak = float(args.masked_decay)
+            highest = max(self._learning_rate(step) for step in range(self.state.max_steps))
+            if args.masked_decay_kind == "decoupled" and peak * highest > 1:
+                raise ValueError(
+                    f"masked_decay={peak:g} times the learning rate {highest:g} is above 1: removed weights would "
+                    f"swing around zero and grow. Use at most {1 / highest:.3g}, or 'auto'"
+                )
+        elif args.masked_decay_kind == "decoupled":
+            peak = peak_for(self._learning_rate, warmup, self.freeze_step)
+        else:
+            peak = FOLLOW
+        self._decay = MaskedDecay(peak, warmup)
+        self.masked_optimizer.mask_()
+
+    def _learning_rate(self, step: int) -> float:
+        scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        if not isinstance(scheduler, LambdaLR):
+            raise ValueError(
+                f"lr_scheduler_type={self.args.lr_scheduler_type!r} is not known in advance, which masked_decay='auto' "
+                "needs: give masked_decay as a number, or take a schedule such as 'cosine'"
+            )
+        return float(scheduler.base_lrs[0] * scheduler.lr_lambdas[0](step))
+
+    def _before_step(self) -> None:
+        optimizer, value = self.masked_optimizer, self._decay(self.state.global_step)
+        follows = self.args.masked_decay == "auto" and self.args.masked_decay_kind != "decoupled"
+        optimizer.masked_decay, optimizer.follow = (None, value) if follows else (value, 0.0)
+
+    def _after_step(self) -> None:
+        step, every = self.state.global_step, self.args.mask_update_steps
+        if every and step % every == 0 and step <= self.freeze_step:
+            self.mask_statistics = self.masked_optimizer.refresh_masks_()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs["masked_decay"] = self._decay(self.state.global_step)
+            if self.mask_statistics is not None:
+                logs |= dataclasses.asdict(self.mask_statistics)
+        super().log(logs, start_time)
+
+    def what_may_diverge(self) -> str:
+        return f"lower masked_decay={self.args.masked_decay!r} or learning_rate={self.args.learning_rate}"
+
+    # --- the loss --------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        args = self.args
+        labels = shifted(inputs["labels"])
+        cached = TopK(inputs["teacher_ids"], inputs["teacher_log_probs"]) if "teacher_ids" in inputs else None
+        batch = {key: value for key, value in inputs.items() if key != "labels" and not key.startswith("teacher_")}
+        distils = model.training
+        matches_hidden = distils and args.square_head_weight > 0
+        outputs = model(**batch, use_cache=False, output_hidden_states=matches_hidden)
+        taught: TeacherOutput | None = cached
+        if distils and self.teacher is not None:
+            with self.accelerator.autocast():
+                taught = self.teacher.outputs(batch, output_hidden_states=matches_hidden)
+        loss = distillation_loss(
+            outputs.logits,
+            taught if distils else None,
+            labels,
+            kd_weight=args.kd_weight if distils else 0.0,
+            ce_weight=float(args.ce_weight or 0.0) if distils else 1.0,
+            temperature=args.temperature,
+            kind=args.kd_kind,
+            num_items=num_items_in_batch,
+        )
+        total = loss.total
+        if distils:
+            # The loss is a share of the step's; the log shows means over this batch's own tokens.
+            share = 1.0 if num_items_in_batch is None else (labels != IGNORED).sum() / num_items_in_batch
+            parts = {"ce_loss": loss.ce / share, "kd_loss": loss.kd / share}
+            if matches_hidden:
+                assert self.teacher is not None
+                parts["hidden_loss"] = square_head(outputs.hidden_states[1:], self.teacher.hidden_states[1:])
+                total = total + args.square_head_weight * parts["hidden_loss"] * share
+            self.note_losses(**parts)
+        if num_items_in_batch is not None and args.average_tokens_across_devices and args.world_size > 1:
+            total = total * self.accelerator.num_processes
+        return (total, outputs) if return_outputs else total
+
+    # --- after the last step ---------------------------------------------------------------------------------------
+
+    def plan(self) -> Plan:
+        """Return the masks and branches as they are now."""
+        model = self.accelerator.unwrap_model(self.model)
+        masks = {name: Mask(self.args.pattern, keep) for name, keep in self.masked_optimizer.keep().items()}
+        made_by = MadeBy(
+            method=self.args.method,
+            config=self.args.own_fields(),
+            seed=self.args.seed,
+            updates_weights=True,
+            targets=list(map(str, self.args.targets)),
+            ignore=list(map(str, self.args.ignore)),
+        )
+        return Plan(masks, made_by, notes=list(self.notes), side=side_branches(model))
+
+
+def _masks_of(plan: Plan, dense: dict[str, Tensor], pattern: str) -> dict[str, Mask]:
+    """Return the plan's masks after holding them against the layers."""
+    for name, w_NK in dense.items():
+        if name not in plan.masks:
+            raise ValueError(f"start: the plan has no mask for {name}: make it with the same targets and ignore")
+        mask = plan.masks[name]
+        if mask.shape != tuple(w_NK.shape):
+            raise ValueError(f"start: the plan's mask of {name} is {mask.shape}, the weight {tuple(w_NK.shape)}")
+        if broken := parse_pattern(pattern).count_violations(mask.keep):
+            raise PatternError(f"start: the plan's mask of {name} breaks {pattern} in {broken} groups")
+    return {name: plan.masks[name] for name in dense}
+
+
+def _refuse_other_vocabulary(student: nn.Module, teacher: nn.Module) -> None:
+    sizes = [vocabulary_size(model) for model in (student, teacher)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"the teacher knows {sizes[1]} tokens and the student {sizes[0]}: distillation compares their next-token "
+            "distributions, so pass a teacher with the student's own tokenizer, the dense original if there is one"
+        )
+
+
+def _from_first_rank(x: Tensor) -> Tensor:
+    """Return what the first process holds."""
+    x = x.contiguous()
+    torch.distributed.broadcast(x, src=0)
+    return x

@@ -1,0 +1,118 @@
+"""What all trained methods share: a `transformers.TrainingArguments` that says what to prune as well."""
+
+import copy
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from transformers import TrainingArguments
+
+from sparsekit.patterns import NM, parse_pattern
+from sparsekit.registry import unknown
+
+DIGEST_FIELDS = (
+    "max_steps",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "seed",
+    "bf16",
+    "fp16",
+)
+"""Fields of `TrainingArguments` that change the result of a run."""
+
+
+@dataclass
+class SparseTrainingArguments(TrainingArguments):
+    """Arguments of a trained method; all of `TrainingArguments` is there as well.
+
+    Attributes:
+        pattern: which zeros are legal, N:M.
+        max_seq_length: tokens of a training sample, where the dataset is text.
+        targets: which layers, see `sparsekit.prune_`; a callable cannot be kept in a checkpoint.
+        ignore: which of them not.
+    """
+
+    method: ClassVar[str] = ""
+
+    pattern: str = "2:4"
+    max_seq_length: int = 2048
+    targets: list[str] = field(default_factory=lambda: ["Linear"])
+    ignore: list[str] = field(default_factory=lambda: ["lm_head"])
+    learning_rate: float = field(default=2e-4)
+    lr_scheduler_type: str = field(default="cosine")
+    warmup_steps: float = field(default=0.05)
+    adam_beta2: float = field(default=0.95)
+    remove_unused_columns: bool = field(default=False)
+    report_to: Any = field(default="none")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parsed = parse_pattern(self.pattern)
+        if not isinstance(parsed, NM):
+            raise ValueError(f"pattern={self.pattern!r}: masks are trained for N:M patterns, as '2:4'")
+        self.pattern = str(parsed)
+        if not isinstance(self.max_seq_length, int) or self.max_seq_length < 2:
+            raise ValueError(f"max_seq_length={self.max_seq_length!r} must be a whole number of at least 2")
+        for name in ("targets", "ignore"):
+            value = getattr(self, name)
+            setattr(self, name, [value] if isinstance(value, str) or callable(value) else list(value or ()))
+
+    @property
+    def parsed_pattern(self) -> NM:
+        parsed = parse_pattern(self.pattern)
+        assert isinstance(parsed, NM)
+        return parsed
+
+    def own_fields(self) -> dict[str, Any]:
+        """Return what says how the result comes about: the method's own fields, and those of the run; fit for JSON."""
+        inherited = {known.name for known in dataclasses.fields(TrainingArguments)}
+        own = [known.name for known in dataclasses.fields(self) if known.name not in inherited]
+        return {name: _plain(getattr(self, name)) for name in (*own, *DIGEST_FIELDS)}
+
+    def for_layers(self, targets: Any, ignore: Any) -> Self:
+        """Return a copy that prunes these layers, where they are others than the default ones."""
+        config = copy.copy(self)
+        for name, given, default in (("targets", targets, ["Linear"]), ("ignore", ignore, ["lm_head"])):
+            listed = [given] if isinstance(given, str) or callable(given) else list(given or ())
+            if listed != default:
+                setattr(config, name, listed)
+        return config
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Self:
+        """Return the config with these fields; a wrong name lists the known ones."""
+        known = [each.name for each in dataclasses.fields(cls) if each.init]
+        for name in fields:
+            if name not in known:
+                raise ValueError(unknown(f"field of {cls.__name__}", name, known))
+        return cls(**fields)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return str(value) if isinstance(value, str) else value
+    return str(value) if isinstance(value, Path) else getattr(value, "__name__", type(value).__name__)
+
+
+def check_share(name: str, value: float) -> None:
+    """Raise ValueError unless 0 <= value <= 1."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"{name}={value!r} is a share: use a number from 0 to 1")
+
+
+def check_not_negative(name: str, value: float) -> None:
+    """Raise ValueError unless the value is a finite number of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        raise ValueError(f"{name}={value!r} must be a number of at least 0")

@@ -1,0 +1,123 @@
+"""From what the user has to what a causal model trains on: chunks of tokens with labels."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from sparsekit.archs import max_positions, vocabulary_size
+from sparsekit.calibration.samples import INPUT, _as_batch, _open
+from sparsekit.calibration.text import _checked, _token_stream
+
+IGNORED = -100
+"""Label of a place that is not learnt."""
+
+Sample = dict[str, Tensor]
+
+
+class TokenSamples(Dataset[Sample]):
+    """Samples of one row each: `input_ids` [L], `labels` [L] and whatever else the rows hold."""
+
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.samples[index]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(sample["input_ids"].numel() for sample in self.samples)
+
+
+def training_samples(dataset: Any, model: nn.Module, tokenizer: Any = None, max_seq_length: int = 2048) -> TokenSamples:
+    """Return training samples from any kind of dataset.
+
+    Args:
+        dataset: text (a list of strings, a path to .txt, .jsonl or .parquet, a `datasets.Dataset` with `text`), made
+            into one stream of tokens and cut into chunks that do not overlap; or token tensors [L], [1, L] or [B, L],
+            or dicts with `input_ids`, used as they are.
+        model: says how long a sample may be, and which ids it knows.
+        tokenizer: needed for text only.
+        max_seq_length: tokens of a chunk of text, at most.
+    Raises:
+        ValueError: no data, too little of it for one chunk, or ids that the model does not know.
+    """
+    if isinstance(dataset, TokenSamples):
+        return dataset
+    first, items, _ = _open(dataset)
+    length = min(max_seq_length, max_positions(model) or max_seq_length)
+    if isinstance(first, str):
+        if tokenizer is None:
+            raise ValueError("the dataset is text: pass the model's tokenizer, or token tensors")
+        stream = _token_stream(_checked(items), tokenizer, None)
+        if stream.numel() < length:
+            raise ValueError(
+                f"the dataset gave {stream.numel()} tokens, and one sample takes {length}: pass more text, or a "
+                f"max_seq_length of at most {stream.numel()}"
+            )
+        rows = stream[: stream.numel() // length * length].view(-1, length)
+        samples = [{"input_ids": row, "labels": row} for row in rows]
+    else:
+        samples = [sample for item in items for sample in _rows(item)]
+    if not samples:
+        raise ValueError("the dataset is empty: pass text with a tokenizer, or token tensors")
+    _check_ids(samples, model)
+    return TokenSamples(samples)
+
+
+def collate(samples: list[Sample]) -> dict[str, Tensor]:
+    """Return a batch; shorter samples are padded at the end, with labels that are not learnt."""
+    longest = max(len(sample["input_ids"]) for sample in samples)
+    if any(len(sample["input_ids"]) < longest for sample in samples):
+        samples = [_padded(sample, longest) for sample in samples]
+    return {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
+
+
+def _rows(item: Any) -> list[Sample]:
+    batch = _as_batch(item)
+    ids = batch.pop(INPUT) if INPUT in batch else batch.get("input_ids")
+    if ids is None or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(f"a sample holds {sorted(batch)}: training needs text, or whole numbers as 'input_ids'")
+    batch["input_ids"] = ids.long()
+    if hasattr(item, "keys") and "labels" in item:
+        batch["labels"] = torch.as_tensor(item["labels"]).long().view(ids.shape)
+    else:
+        mask = batch.get("attention_mask")
+        batch["labels"] = ids.long() if mask is None else ids.long().masked_fill(mask == 0, IGNORED)
+    return [
+        {key: value[row] for key, value in batch.items() if value.dim() and len(value) == len(ids)}
+        for row in range(len(ids))
+    ]
+
+
+def _padded(sample: Sample, length: int) -> Sample:
+    missing = length - len(sample["input_ids"])
+    padded = {
+        key: F.pad(value, (0, 0) * (value.dim() - 1) + (0, missing), value=IGNORED if key == "labels" else 0)
+        for key, value in sample.items()
+    }
+    if "attention_mask" not in sample:
+        padded["attention_mask"] = (torch.arange(length) < length - missing).long()
+    return padded
+
+
+def _check_ids(samples: list[Sample], model: nn.Module) -> None:
+    vocabulary, positions = vocabulary_size(model), max_positions(model)
+    for index, sample in enumerate(samples):
+        ids = sample["input_ids"]
+        if not ids.numel():
+            raise ValueError(f"sample {index} holds 0 tokens: leave it out")
+        low, high = int(ids.min()), int(ids.max())
+        if vocabulary is not None and (low < 0 or high >= vocabulary):
+            raise ValueError(
+                f"sample {index} holds token ids from {low} to {high}, and the model knows 0 to {vocabulary - 1}: "
+                "tokenise with the model's own tokenizer"
+            )
+        if positions is not None and ids.numel() > positions:
+            raise ValueError(f"sample {index} holds {ids.numel()} tokens, the model has {positions} positions: cut it")

@@ -1,0 +1,353 @@
+"""AdamW that keeps its parameters N:M sparse while every weight goes on learning.
+
+A masked parameter always holds W * m, which is what the forward multiplies by. The dense W, the mask m and Adam's
+moments are optimizer state. Autograd then gives dL/d(W * m) on every entry, and the step applies it to all of W: the
+straight-through gradient of AST (arXiv 2407.20584, section 3) without a mask in the forward. So the model stays a plain
+one for DDP, FSDP2, gradient checkpointing and `torch.compile`, nothing of its size is kept for the backward, and a
+checkpoint of the model is sparse at any time.
+
+Entries that the mask removes are pulled to zero with strength lambda, in one of three ways (`masked_decay_kind`). With
+g the loss gradient, M and V the moments, ^ for bias correction and gamma for the learning rate:
+
+    decoupled   Adam with g, then                                          W -= gamma lambda (1 - m) W
+    gradient    Adam with g + lambda (1 - m) W
+    paper       M of g alone; u = M^ + lambda (1 - m) W; V of u^2;         W -= gamma u / (sqrt(V^) + eps)
+
+`paper` departs from the published code where that is wrong: removed entries shrink (there all of them grow, for `~` of
+an integer mask is -1 or -2), and the bias of M is corrected once (there lambda's term is scaled by 1 / (1 - beta1^t)).
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.optim.adamw import adamw
+
+from sparsekit.errors import PatternError, Unsupported
+from sparsekit.patterns import NM
+
+MaskedDecayKind = Literal["decoupled", "gradient", "paper"]
+MASKED_DECAY_KINDS: tuple[str, ...] = get_args(MaskedDecayKind)
+
+_KEPT, _KEPT_AT_FIRST = 1, 2
+"""Bits of the state `flags`, uint8, one entry a weight."""
+
+Rewrite = Callable[[str, Tensor, Tensor], Tensor]
+"""(name, W * m as [N, K], m) -> what the parameter shall hold, as [N, K]; zero where m is."""
+
+
+@dataclass(frozen=True)
+class MaskStatistics:
+    """What the masks do, over all masked weights.
+
+    Attributes:
+        flip_rate: share of the entries that the last refresh changed; a swap is two of them (spec: r_t).
+        initial_flip_rate: share of the entries that differ from the first mask (i_t).
+        revived: entries kept now that the first mask removed.
+        masked_energy: |(1 - m) W|^2 / |W|^2 of the dense weights.
+    """
+
+    flip_rate: float
+    initial_flip_rate: float
+    revived: int
+    masked_energy: float
+
+
+class MaskedAdamW(torch.optim.Optimizer):
+    """AdamW (arXiv 1711.05101) for masked and plain parameters; see the module's text.
+
+    A group with `masked=True` holds weights of linear layers, and beside `params` the lists `names` and `transposed`
+    (True for the [K, N] weights of `Conv1D`). State of a masked parameter: `dense` fp32, `flags` uint8, `exp_avg`,
+    `exp_avg_sq`, `step`, of the parameter's shape and sharding.
+
+    Args:
+        groups: parameter groups; options as below can be given for each.
+        pattern: N:M, along in_features.
+        lr, betas, eps, weight_decay: of AdamW. Weight decay acts on all of W.
+        masked_decay_kind: "decoupled", "gradient" or "paper".
+        hysteresis: share by which a removed entry must exceed a kept one to take its place.
+        keep: name -> first mask, boolean [N, K]; where a name is missing, the magnitude mask of its weight.
+        rewrite: transform on the way to the parameter, as fake quantisation; None for none.
+
+    The trainer sets `masked_decay` (lambda) before each step, and calls `mask_()` once before the first forward.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        *,
+        pattern: NM,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        masked_decay_kind: str = "decoupled",
+        hysteresis: float = 0.0,
+        keep: dict[str, Tensor] | None = None,
+        rewrite: Rewrite | None = None,
+    ) -> None:
+        if masked_decay_kind not in MASKED_DECAY_KINDS:
+            raise ValueError(f"masked_decay_kind={masked_decay_kind!r}: use one of {', '.join(MASKED_DECAY_KINDS)}")
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "masked": False}
+        super().__init__(groups, defaults)
+        for group in self.param_groups:
+            if group["masked"] and not len(group["params"]) == len(group["names"]) == len(group["transposed"]):
+                raise ValueError("a masked group needs names and transposed, one for each of its params")
+        self.pattern, self.hysteresis, self.masked_decay_kind = pattern, hysteresis, masked_decay_kind
+        self.masked_decay: float | None = 0.0
+        """lambda; None lets it follow the gradients of each weight, see `follow`."""
+        self.follow = 0.0
+        """Where `masked_decay` is None: lambda = follow * rms(M) / rms(W), for each weight."""
+        self.rewrite = rewrite
+        self._first_keep = dict(keep or {})
+        self._num_flipped = 0
+
+    @torch.no_grad()
+    def mask_(self) -> None:
+        """Take the dense weights out of masked parameters that have no state yet, and mask them."""
+        for name, parameter, transposed in self._masked():
+            if "flags" not in self.state[parameter]:
+                self._start(name, parameter, transposed)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.mask_()
+        for group in self.param_groups:
+            (self._step_masked if group["masked"] else self._step_plain)(group)
+        return loss
+
+    @torch.no_grad()
+    def refresh_masks_(self) -> MaskStatistics:
+        """Choose every mask anew from |W|, and rewrite the parameters."""
+        self._num_flipped = 0
+        for name, parameter, transposed in self._masked():
+            state = self.state[parameter]
+            flags, scores = _local(state["flags"]), _local(state["dense"]).abs()
+            old = flags & _KEPT
+            scores *= 1 + self.hysteresis * old
+            keep = self._project(scores, transposed).to(torch.uint8)
+            self._num_flipped += int((keep ^ old).sum())
+            flags.copy_((flags & ~_KEPT) | keep)
+            self._write(name, parameter, transposed)
+        return self.statistics()
+
+    def statistics(self) -> MaskStatistics:
+        """Return what the masks do, over all weights and ranks."""
+        sums = torch.zeros(6, dtype=torch.float64)  # entries, flips, flips since the first, revived, energies
+        sums[1] = self._num_flipped
+        group = None
+        for _, parameter, _ in self._masked():
+            state = self.state[parameter]
+            flags, dense = _local(state["flags"]), _local(state["dense"])
+            keep, first = flags & _KEPT, (flags & _KEPT_AT_FIRST) >> 1
+            removed = (dense * (1 - keep)).double().square().sum()
+            found: list[Any] = [flags.numel(), 0, (keep ^ first).sum(), (keep & (1 - first)).sum(), removed]
+            sums += torch.tensor([float(one) for one in [*found, dense.double().square().sum()]], dtype=torch.float64)
+            group = _process_group(parameter) or group
+        if group is not None:
+            on_device = sums.to("cpu" if torch.distributed.get_backend(group) == "gloo" else "cuda")
+            torch.distributed.all_reduce(on_device, group=group)
+            sums = on_device.cpu()
+        entries, flips, since_first, revived, removed, energy = sums.tolist()
+        entries, energy = max(entries, 1.0), max(energy, 1e-300)
+        return MaskStatistics(flips / entries, since_first / entries, int(revived), removed / energy)
+
+    def keep(self) -> dict[str, Tensor]:
+        """Return name -> mask as boolean [N, K], gathered from all ranks, on the CPU."""
+        found = {}
+        for name, parameter, transposed in self._masked():
+            flags = _whole(self.state[parameter]["flags"])
+            found[name] = ((flags.T if transposed else flags) & _KEPT).bool().cpu().contiguous()
+        return found
+
+    @torch.no_grad()
+    def write_(self) -> None:
+        """Rewrite every masked parameter from its dense weight and mask."""
+        for name, parameter, transposed in self._masked():
+            self._write(name, parameter, transposed)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` gave; unlike in torch's optimizers each state keeps its own dtype."""
+        super().load_state_dict(state_dict)
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for number, parameter in zip(numbers, parameters, strict=True):
+            for key, value in state_dict["state"].get(number, {}).items():
+                if isinstance(value, Tensor) and self.state[parameter][key].dtype != value.dtype:
+                    self.state[parameter][key] = value.detach().to(parameter.device, copy=True)
+
+    def _masked(self) -> Iterator[tuple[str, Tensor, bool]]:
+        for group in self.param_groups:
+            if group["masked"]:
+                yield from zip(group["names"], group["params"], group["transposed"], strict=True)
+
+    def _start(self, name: str, parameter: Tensor, transposed: bool) -> None:
+        state = self.state[parameter]
+        state["dense"] = parameter.detach().to(torch.float32, copy=True)
+        state["flags"] = torch.zeros_like(parameter, dtype=torch.uint8)
+        local = _local(state["dense"])
+        _refuse_cut_groups(name, parameter, transposed, self.pattern)
+        if name in self._first_keep:
+            keep = self._first_keep.pop(name)
+            if broken := self.pattern.count_violations(keep):
+                raise PatternError(
+                    f"the mask of {name} breaks {self.pattern} in {broken} groups: start from a mask that obeys it, or "
+                    "from a method by name, as 'sparsegpt'"
+                )
+            keep = _shard_like(keep.T if transposed else keep, parameter)
+        else:
+            keep = self._project(local.abs(), transposed)
+        _local(state["flags"]).copy_(keep.to(torch.uint8) * (_KEPT | _KEPT_AT_FIRST))
+        self._write(name, parameter, transposed)
+
+    def _project(self, scores: Tensor, transposed: bool) -> Tensor:
+        if not scores.numel():
+            return torch.zeros_like(scores, dtype=torch.bool)
+        return self.pattern.project(scores.T).T if transposed else self.pattern.project(scores)
+
+    def _write(self, name: str, parameter: Tensor, transposed: bool) -> None:
+        state = self.state[parameter]
+        keep = _local(state["flags"]) & _KEPT
+        kept = _local(state["dense"]) * keep
+        if self.rewrite is not None and kept.numel():
+            kept, keep = (kept.T, keep.T) if transposed else (kept, keep)
+            kept = self.rewrite(name, kept, keep.bool())
+            kept = kept.T if transposed else kept
+        _local(parameter.detach()).copy_(kept)
+
+    def _moments(self, parameter: Tensor, like: Tensor) -> dict[str, Any]:
+        state = self.state[parameter]
+        if "exp_avg" not in state:
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(like), torch.zeros_like(like)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=_local(like).device)
+        return state
+
+    def _step_plain(self, group: dict[str, Any]) -> None:
+        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+        gradients = [_local(parameter.grad) for parameter in parameters]
+        self._adam(group, parameters, [_local(parameter.detach()) for parameter in parameters], gradients)
+
+    def _step_masked(self, group: dict[str, Any]) -> None:
+        chosen = [
+            (name, parameter, transposed)
+            for name, parameter, transposed in zip(group["names"], group["params"], group["transposed"], strict=True)
+            if parameter.grad is not None
+        ]
+        parameters = [parameter for _, parameter, _ in chosen]
+        weights = [_local(self.state[parameter]["dense"]) for parameter in parameters]
+        gradients = [_local(parameter.grad).float() for parameter in parameters]
+        if self.masked_decay_kind == "paper":
+            self._adam_of_the_paper(group, parameters, weights, gradients)
+        elif self.masked_decay_kind == "gradient":
+            gradients = [
+                gradient + self._lambda(parameter) * self._removed(parameter)
+                for parameter, gradient in zip(parameters, gradients, strict=True)
+            ]
+            self._adam(group, parameters, weights, gradients)
+        else:
+            self._adam(group, parameters, weights, gradients)
+            for parameter, weight in zip(parameters, weights, strict=True):
+                weight.sub_(self._removed(parameter), alpha=group["lr"] * self._lambda(parameter))
+        for one in chosen:
+            self._write(*one)
+
+    def _adam(
+        self, group: dict[str, Any], parameters: list[Tensor], weights: list[Tensor], gradients: list[Tensor]
+    ) -> None:
+        if not parameters:
+            return
+        states = [
+            self._moments(parameter, self.state[parameter].get("dense", parameter.detach())) for parameter in parameters
+        ]
+        adamw(
+            weights,
+            gradients,
+            [_local(state["exp_avg"]) for state in states],
+            [_local(state["exp_avg_sq"]) for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    def _adam_of_the_paper(
+        self, group: dict[str, Any], parameters: list[Tensor], weights: list[Tensor], gradients: list[Tensor]
+    ) -> None:
+        beta1, beta2 = group["betas"]
+        for parameter, weight, gradient in zip(parameters, weights, gradients, strict=True):
+            state = self._moments(parameter, self.state[parameter]["dense"])
+            state["step"] += 1
+            step = float(state["step"])
+            mean, square = _local(state["exp_avg"]), _local(state["exp_avg_sq"])
+            mean.lerp_(gradient, 1 - beta1)
+            update = mean / (1 - beta1**step) + self._lambda(parameter) * self._removed(parameter)
+            square.mul_(beta2).addcmul_(update, update, value=1 - beta2)
+            weight.mul_(1 - group["lr"] * group["weight_decay"])
+            weight.addcdiv_(update, (square / (1 - beta2**step)).sqrt_().add_(group["eps"]), value=-group["lr"])
+
+    def _removed(self, parameter: Tensor) -> Tensor:
+        """Return (1 - m) W."""
+        state = self.state[parameter]
+        return _local(state["dense"]) * (1 - (_local(state["flags"]) & _KEPT))
+
+    def _lambda(self, parameter: Tensor) -> float:
+        if self.masked_decay is not None:
+            return self.masked_decay
+        state = self.state[parameter]
+        if "exp_avg" not in state:
+            return 0.0
+        squares = [_local(state[key]).double().square().sum() for key in ("exp_avg", "dense")]
+        if (group := _process_group(parameter)) is not None:
+            for square in squares:
+                torch.distributed.all_reduce(square, group=group)
+        mean, dense = (float(square) for square in squares)
+        return self.follow * (mean / dense) ** 0.5 if dense > 0 else 0.0
+
+
+def _local(x: Tensor) -> Tensor:
+    """Return this rank's part of a sharded tensor, sharing its memory."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def _whole(x: Tensor) -> Tensor:
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def _process_group(parameter: Tensor) -> Any:
+    """Return the ranks among which the parameter is sharded; None where each holds it all."""
+    if isinstance(parameter, DTensor) and any(isinstance(placement, Shard) for placement in parameter.placements):
+        return parameter.device_mesh.get_group() if parameter.device_mesh.ndim == 1 else torch.distributed.group.WORLD
+    return None
+
+
+def _shard_like(x: Tensor, parameter: Tensor) -> Tensor:
+    x = x.to(parameter.device)
+    if not isinstance(parameter, DTensor):
+        return x
+    return _local(distribute_tensor(x.to(torch.uint8), parameter.device_mesh, parameter.placements))
+
+
+def _refuse_cut_groups(name: str, parameter: Tensor, transposed: bool, pattern: NM) -> None:
+    """Raise where sharding along in_features cuts a group of the pattern."""
+    if not isinstance(parameter, DTensor):
+        return
+    along = 0 if transposed else 1
+    cut = any(isinstance(placement, Shard) and placement.dim == along for placement in parameter.placements)
+    if cut and -(-parameter.shape[along] // parameter.device_mesh.size()) % pattern.m:
+        raise Unsupported(
+            f"{name} is sharded along in_features, which cuts groups of {pattern}: use a number of processes that "
+            f"divides {parameter.shape[along]} into multiples of {pattern.m}, or DDP"
+        )
