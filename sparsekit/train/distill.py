@@ -14,20 +14,20 @@ float32: fp16 then loses nothing to underflow, whatever the number of tokens and
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from sparsekit_kernels.reference import IGNORE_INDEX, cross_entropy, divergence, kd_loss_reference
-from torch import Tensor, nn
+from torch import Tensor
 
 KINDS = ("forward_kl", "reverse_kl")
 
 
 @dataclass(frozen=True)
 class Head:
-    """A teacher as its last hidden states and the module that makes logits of them, one chunk of tokens at a time.
+    """A teacher as its last hidden states and what makes logits of them, one chunk of tokens at a time.
 
     Attributes:
         hidden: [..., d].
@@ -35,7 +35,7 @@ class Head:
     """
 
     hidden: Tensor
-    head: nn.Module
+    head: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def distillation_loss(
     kd_weight: float,
     ce_weight: float,
     temperature: float,
-    kind: Literal["forward_kl", "reverse_kl"] = "forward_kl",
+    kind: str = "forward_kl",
     chunk_tokens: int = 1024,
     num_items: int | Tensor | None = None,
     inplace: bool = True,
