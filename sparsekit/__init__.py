@@ -10,6 +10,8 @@ Importing this package loads neither transformers nor Triton and touches no devi
 `from_pretrained` reads packed checkpoints.
 """
 
+from typing import Any as _Any
+
 from sparsekit.benchmarking import benchmark
 from sparsekit.check import check, explain
 from sparsekit.checkpoint import load, save
@@ -30,6 +32,21 @@ from sparsekit.surgery import apply_
 from sparsekit.version import __version__
 
 _register_with_transformers()
+
+_TRAINING = {"AST": "ASTConfig", "ASTConfig": "ASTConfig", "ASTTrainer": "ASTTrainer"}
+"""Name here -> name in `sparsekit.train`, which takes transformers along and so waits until it is asked for."""
+
+
+def __getattr__(name: str) -> _Any:
+    if name in _TRAINING:
+        from sparsekit import train
+
+        return getattr(train, _TRAINING[name])
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_TRAINING})
 
 __all__ = [
     "METHODS",

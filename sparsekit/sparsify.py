@@ -12,7 +12,7 @@ from sparsekit.check import check
 from sparsekit.errors import SparsekitError
 from sparsekit.formats import FORMATS, WeightSpec
 from sparsekit.formats.block import MOST_OF_DENSE, share_of_dense
-from sparsekit.methods import METHODS, OneShot, method_config
+from sparsekit.methods import METHODS, OneShot, Trained, is_trained, method_config
 from sparsekit.methods.grid import is_quantised
 from sparsekit.nn import unwrapped
 from sparsekit.pack import pack_
@@ -51,9 +51,9 @@ def sparsify(
         pattern: "2:4", any "N:M", "64x64" (blocks) or "unstructured". 2:4 (and what is sparser in the same
             groups, as "1:4") and blocks whose sides are multiples of 16 have a packed format; weights of the other
             patterns stay dense, with zeros, and `sparsekit.check` says so.
-        method: "magnitude", "wanda", "sparsegpt", or a config such as `sparsekit.SparseGPT(pattern="4:8")`,
-            whose pattern counts where `pattern` is left at its default. None: SparseGPT when there is a dataset,
-            magnitude when there is none.
+        method: a name, as "sparsegpt", or a config such as `sparsekit.SparseGPT(pattern="4:8")`, whose pattern
+            counts where `pattern` is left at its default; a method that trains, as `sparsekit.AST(max_steps=300)`, too.
+            None: SparseGPT when there is a dataset, magnitude when there is none.
         dataset: calibration data: strings, token tensors, a `datasets.Dataset`, a DataLoader, or a path to
             .txt/.jsonl/.parquet.
         tokenizer: turns strings into tokens.
@@ -123,7 +123,7 @@ def sparsify(
     return whole
 
 
-def _choose_method(method: Any, pattern: Pattern, sparsity: float, format: str, has_data: bool) -> OneShot:
+def _choose_method(method: Any, pattern: Pattern, sparsity: float, format: str, has_data: bool) -> OneShot | Trained:
     """Return the config that `method` means; pattern and format of a config object must be those asked for."""
     wanted_format = None if format == "auto" else format
     if method is None:
@@ -135,13 +135,15 @@ def _choose_method(method: Any, pattern: Pattern, sparsity: float, format: str, 
             )
         method = "sparsegpt" if has_data else "magnitude"
     if isinstance(method, str):
+        if method not in METHODS:
+            return method_config(method, pattern=str(pattern))
         return METHODS.get(method)(pattern=str(pattern), sparsity=sparsity, format=wanted_format)
     config = method_config(method)
     if config.parsed_pattern != pattern and pattern != DEFAULT_PATTERN:
         raise ValueError(f"pattern={str(pattern)!r}, and method asks for {config.pattern!r}: give both the same")
     if wanted_format is not None and config.format not in (None, wanted_format):
         raise ValueError(f"format={format!r}, and method asks for {config.format!r}: give both the same")
-    return replace(config, format=wanted_format or config.format)
+    return config if is_trained(config) else replace(config, format=wanted_format or config.format)
 
 
 def _refuse_unrunnable(layers: dict[str, nn.Module], format: str, backend: str) -> None:

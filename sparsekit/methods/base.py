@@ -142,8 +142,12 @@ TRAINED = {"ast": "sparsekit.train:ASTConfig", "maskllm": "sparsekit.train:MaskL
 class Trained(Protocol):
     """Config of a method that trains: a `transformers.TrainingArguments` with what to prune."""
 
-    pattern: str
     method: ClassVar[str]
+    pattern: str
+    format: str | None
+
+    @property
+    def parsed_pattern(self) -> Pattern: ...
 
     def train_(
         self, model: nn.Module, dataset: Any, tokenizer: Any = None, *, targets: Any, ignore: Any, progress: bool

@@ -1,0 +1,171 @@
+"""What sparse training wins back, row by row, at equal token budgets.
+
+    python bench/train_quality.py --data DIR --json FILE [--models wikilm] [--rows ast,fixed] [--seeds 0,1,2]
+                                  [--learning-rates 1e-3,2e-3] [--steps 160] [--batch 24] [--split valid]
+
+`DIR` is laid out as for `bench/quality.py`. Every run starts from the same dense model, reads the same number of tokens
+of the training split in an order that the seed decides, and is judged on the validation split (`--split test` once, at
+the end). Each row has its own best learning rate: the one with the lowest mean over the seeds that all rates share. A
+run that is in FILE already is not repeated, so a long table can be made in pieces; the table printed at the end is that
+of the whole file. `dense` is the dense model trained on for as many tokens.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from quality import CASES, Case, load_ids, load_model, model_in, text_in
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
+
+import sparsekit as sk
+from sparsekit.evaluate import perplexity
+from sparsekit.report import Report
+from sparsekit.train.ast_config import ASTConfig
+from sparsekit.train.data import collate, training_samples
+
+FIXED: dict[str, Any] = {"mask_update_steps": 0, "masked_decay": 0.0}
+ROWS: dict[str, dict[str, Any]] = {
+    "ast": {},
+    "ast + slorb": {"slorb_group": 16},
+    "ast + slorb, X trained": {"slorb_group": 16, "slorb_train_x": True},
+    "fixed mask": FIXED,
+    "static decay": {"masked_decay_warmup": 0.0},
+    "no distillation": {"kd_weight": 0.0},
+    "naive": FIXED | {"kd_weight": 0.0},
+    "start magnitude": {"start": "magnitude"},
+    "fixed mask, start magnitude": FIXED | {"start": "magnitude"},
+    "decay in the gradient": {"masked_decay_kind": "gradient"},
+    "decay of the paper": {"masked_decay_kind": "paper"},
+    "no decay": {"masked_decay": 0.0},
+    "no hysteresis": {"hysteresis": 0.0},
+    "no freeze": {"mask_freeze_ratio": 0.0},
+    "reverse KL": {"kd_kind": "reverse_kl"},
+    "square head": {"square_head_weight": 0.1},
+    "int4 in training": {"format": "semi24_int4"},
+    "int4 in training + slorb": {"format": "semi24_int4", "slorb_group": 16},
+}
+"""Row -> what it changes of `sk.AST`'s defaults. "dense" stands beside them."""
+
+
+def train_dense_(model: Any, chunks: list[Tensor], args: TrainingArguments) -> None:
+    data = training_samples(chunks, model)
+    Trainer(model=model, args=args, train_dataset=data, data_collator=collate).train()
+
+
+def run(case: Case, root: Path, row: str, options: argparse.Namespace, seed: int, rate: float) -> dict[str, Any]:
+    """Train once and return the row for the file."""
+    model_dir, held_out = model_in(root, case), case.held_out(options.split)
+    model = load_model(model_dir)
+    train, valid = (load_ids(text_in(root, file), model_dir) for file in (case.train, held_out))
+    chunks = list(train[: train.numel() // case.chunk * case.chunk].view(-1, case.chunk))
+    shared: dict[str, Any] = {
+        "output_dir": str(options.work / f"{case.model}-{row.replace(' ', '-')}-{seed}-{rate}"),
+        "max_steps": options.steps,
+        "per_device_train_batch_size": options.batch,
+        "learning_rate": rate,
+        "seed": seed,
+        "save_strategy": "no",
+        "use_cpu": not torch.cuda.is_available(),
+        "disable_tqdm": True,
+        "logging_steps": options.steps,
+    }
+    started = time.perf_counter()
+    if row == "dense":
+        extra = {"lr_scheduler_type": "cosine", "warmup_steps": 0.05, "adam_beta2": 0.95, "report_to": "none"}
+        train_dense_(model, chunks, TrainingArguments(**shared, **extra, remove_unused_columns=False))
+        plan = None
+    else:
+        plan = sk.prune_(model, ASTConfig(**shared, **ROWS[row]), dataset=chunks, progress=False)
+    seconds = time.perf_counter() - started
+    found = perplexity(model, valid, max_seq_length=case.chunk, progress=False)
+    return {
+        "model": case.model,
+        "row": row,
+        "seed": seed,
+        "learning_rate": rate,
+        "steps": options.steps,
+        "batch": options.batch,
+        "tokens": options.steps * options.batch * case.chunk,
+        "split": options.split,
+        "perplexity": found.value,
+        "seconds": seconds,
+        "sparsity": None if plan is None else plan.sparsity,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+KEY = ("model", "row", "seed", "learning_rate", "steps", "batch", "split")
+
+
+def table(rows: list[dict[str, Any]]) -> Report:
+    """Return, for each model, budget and row, the mean and spread over seeds at the row's best learning rate."""
+    runs: dict[tuple[Any, ...], dict[float, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        group = tuple(row[name] for name in ("model", "split", "tokens", "row"))
+        runs[group][row["learning_rate"]][row["seed"]] = row["perplexity"]
+    report = Report("Perplexity after training, each row at its own best learning rate")
+    for (model, split, tokens, row), rates in sorted(runs.items()):
+        shared = set.intersection(*(set(seeds) for seeds in rates.values()))
+        best = min(rates, key=lambda rate: mean(rates[rate][seed] for seed in shared or rates[rate]))
+        found = list(rates[best].values())
+        report.rows.append(
+            {
+                "model": model,
+                "split": split,
+                "tokens": tokens,
+                "row": row,
+                "perplexity": mean(found),
+                "spread": stdev(found) if len(found) > 1 else None,
+                "seeds": len(found),
+                "learning_rate": best,
+                "rates tried": len(rates),
+            }
+        )
+    return report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words = lambda text: text.split(",")  # noqa: E731
+    parser.add_argument("--data", type=Path, required=True, help="folder with models/ and data/, or demo")
+    parser.add_argument("--json", type=Path, required=True, help="file of rows, read and appended to")
+    parser.add_argument("--models", type=words, default=["wikilm"])
+    parser.add_argument("--rows", type=words, default=["dense", "ast", "ast + slorb", "fixed mask", "no distillation"])
+    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0])
+    parser.add_argument(
+        "--learning-rates", type=lambda text: [float(rate) for rate in text.split(",")], default=[1e-3]
+    )
+    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--batch", type=int, default=24)
+    parser.add_argument("--split", choices=["valid", "test"], default="valid")
+    parser.add_argument("--work", type=Path, default=Path("ast-output"), help="where runs put their files")
+    parser.add_argument("--table", action="store_true", help="train nothing, print the table of the file")
+    options = parser.parse_args()
+    if wrong := [row for row in options.rows if row != "dense" and row not in ROWS]:
+        parser.error(f"--rows: {', '.join(wrong)} unknown; there are dense, {', '.join(ROWS)}")
+    rows = [json.loads(line) for line in options.json.read_text().splitlines()] if options.json.exists() else []
+    for case in CASES if not options.table else ():
+        for seed in options.seeds if case.model in options.models else ():
+            for row in options.rows:
+                for rate in options.learning_rates:
+                    asked = (case.model, row, seed, rate, options.steps, options.batch, options.split)
+                    if any(tuple(done[name] for name in KEY) == asked for done in rows):
+                        continue
+                    rows.append(run(case, options.data, row, options, seed, rate))
+                    print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+                    options.json.parent.mkdir(parents=True, exist_ok=True)
+                    with options.json.open("a") as file:
+                        file.write(json.dumps(rows[-1]) + "\n")
+    table(rows).print()
+
+
+if __name__ == "__main__":
+    main()
