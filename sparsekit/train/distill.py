@@ -312,13 +312,7 @@ def _check_shapes(logits: Tensor, teacher: TeacherOutput | None, labels: Tensor)
         raise ValueError(
             f"labels are {tuple(labels.shape)}, student_logits {tuple(logits.shape)}: one label per token is needed"
         )
-    if labels.device.type == "cpu" and labels.numel():  # on a GPU looking would stop it; indexing fails there
-        low, high = (int(x) for x in labels.where(labels != IGNORE_INDEX, 0).aminmax())
-        if low < 0 or high >= logits.shape[-1]:
-            raise ValueError(
-                f"labels go from {low} to {high}, the vocabulary has {logits.shape[-1]} tokens: labels must be below "
-                f"that, or {IGNORE_INDEX} to be ignored"
-            )
+    _check_ids("labels", labels.where(labels != IGNORE_INDEX, 0), logits)
     match teacher:
         case Head(hidden, head):
             rows = hidden
@@ -328,6 +322,7 @@ def _check_shapes(logits: Tensor, teacher: TeacherOutput | None, labels: Tensor)
                 raise ValueError(f"ids are {tuple(ids.shape)}, log_probs {tuple(log_probs.shape)}: they must be alike")
             if ids.shape[-1] > logits.shape[-1]:
                 _check_vocabulary(logits, ids.shape[-1])
+            _check_ids("the teacher's ids", ids, logits)
             rows, vocabulary = ids, None
         case Tensor():
             rows, vocabulary = teacher, teacher.shape[-1]
@@ -339,6 +334,17 @@ def _check_shapes(logits: Tensor, teacher: TeacherOutput | None, labels: Tensor)
         _check_vocabulary(logits, vocabulary)
     if rows.shape[:-1] != labels.shape:
         raise ValueError(f"the teacher has {tuple(rows.shape[:-1])} tokens, the student {tuple(labels.shape)}")
+
+
+def _check_ids(name: str, ids: Tensor, logits: Tensor) -> None:
+    if ids.device.type != "cpu" or not ids.numel():  # a look would make the host wait for a GPU; indexing fails there
+        return
+    low, high = (int(x) for x in ids.aminmax())
+    if low < 0 or high >= logits.shape[-1]:
+        raise ValueError(
+            f"{name} go from {low} to {high}, the vocabulary has {logits.shape[-1]} tokens: they must be below that"
+            + (f", or {IGNORE_INDEX} to be ignored" if name == "labels" else "")
+        )
 
 
 def _check_vocabulary(logits: Tensor, vocabulary: int) -> None:
