@@ -140,9 +140,7 @@ def main() -> None:
     parser.add_argument("--models", type=words, default=["wikilm"])
     parser.add_argument("--rows", type=words, default=["dense", "ast", "ast + slorb", "fixed mask", "no distillation"])
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0])
-    parser.add_argument(
-        "--learning-rates", type=lambda text: [float(rate) for rate in text.split(",")], default=[1e-3]
-    )
+    parser.add_argument("--learning-rates", type=lambda text: [float(rate) for rate in text.split(",")], default=[1e-3])
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--split", choices=["valid", "test"], default="valid")

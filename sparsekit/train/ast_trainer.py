@@ -28,6 +28,7 @@ from sparsekit.train.data import IGNORED
 from sparsekit.train.distill import TeacherOutput, TopK, distillation_loss, square_head
 from sparsekit.train.lowrank import fit_side
 from sparsekit.train.optimizer import MaskedAdamW, MaskStatistics
+from sparsekit.train.refit import refit_branches_
 from sparsekit.train.schedules import MaskedDecay, peak_for
 from sparsekit.train.teacher_cache import CachedTeacher
 from sparsekit.train.teachers import Teacher
@@ -268,6 +269,35 @@ class ASTTrainer(SparseTrainer):
         step, every = self.state.global_step, self.args.mask_update_steps
         if every and step % every == 0 and step <= self.freeze_step:
             self.mask_statistics = self.masked_optimizer.refresh_masks_()
+        if step == self.freeze_step and self.args.slorb_group is not None and self.args.slorb_refit:
+            self._refit_branches()
+
+    def _refit_branches(self) -> None:
+        """Fit S once more to what the layers lack now that the masks stay; every rank does the same."""
+        if self.teacher is None:
+            self.notes.append("branches: not refitted when the masks froze, for there is no teacher in memory")
+            return
+        model, teacher, size = self.model_wrapped, self.teacher.model, self.args.per_device_train_batch_size
+        samples = self._calibration()
+        alike = [sample for sample in samples if sample.shape == samples[0].shape]
+        rows = [torch.cat(alike[i : i + size]).to(self.args.device) for i in range(0, len(alike), size)]
+        was_training = model.training
+
+        def run(batch: dict[str, Tensor]) -> None:
+            model(**batch, use_cache=False)
+
+        def loss() -> float:
+            found = [self._losses_of(model, {"input_ids": ids, "labels": ids}, distils=True)[0] for ids in rows]
+            return sum(map(float, found)) / len(found)
+
+        try:
+            model.eval()
+            with torch.no_grad(), self.accelerator.autocast():
+                batches = [{"input_ids": ids} for ids in rows]
+                student = self.accelerator.unwrap_model(model)
+                self.notes.append(refit_branches_(student, teacher, batches, run, loss))
+        finally:
+            model.train(was_training)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -284,40 +314,50 @@ class ASTTrainer(SparseTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        total, outputs, parts = self._losses_of(model, inputs, model.training, num_items_in_batch)
+        if model.training:
+            self.note_losses(**parts)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices and self.args.world_size > 1:
+            total = total * self.accelerator.num_processes
+        return (total, outputs) if return_outputs else total
+
+    def _losses_of(
+        self, model: nn.Module, inputs: dict[str, Any], distils: bool, num_items: Any = None
+    ) -> tuple[Tensor, Any, dict[str, Tensor]]:
+        """Return the loss, the model's outputs, and the parts of the loss as means over this batch's tokens.
+
+        Args:
+            distils: False for the cross entropy alone, as in evaluation.
+            num_items: tokens of the whole step, of which these are a share.
+        """
         args = self.args
         labels = shifted(inputs["labels"])
-        cached = TopK(inputs["teacher_ids"], inputs["teacher_log_probs"]) if "teacher_ids" in inputs else None
         batch = {key: value for key, value in inputs.items() if key != "labels" and not key.startswith("teacher_")}
-        distils = model.training
         matches_hidden = distils and args.square_head_weight > 0
         outputs = model(**batch, use_cache=False, output_hidden_states=matches_hidden)
-        taught: TeacherOutput | None = cached
-        if distils and self.teacher is not None:
+        taught: TeacherOutput | None = None
+        if distils and "teacher_ids" in inputs:
+            taught = TopK(inputs["teacher_ids"], inputs["teacher_log_probs"])
+        elif distils and self.teacher is not None:
             with self.accelerator.autocast():
                 taught = self.teacher.outputs(batch, output_hidden_states=matches_hidden)
         loss = distillation_loss(
             outputs.logits,
-            taught if distils else None,
+            taught,
             labels,
             kd_weight=args.kd_weight if distils else 0.0,
             ce_weight=float(args.ce_weight or 0.0) if distils else 1.0,
             temperature=args.temperature,
             kind=args.kd_kind,
-            num_items=num_items_in_batch,
+            num_items=num_items,
         )
-        total = loss.total
-        if distils:
-            # The loss is a share of the step's; the log shows means over this batch's own tokens.
-            share = 1.0 if num_items_in_batch is None else (labels != IGNORED).sum() / num_items_in_batch
-            parts = {"ce_loss": loss.ce / share, "kd_loss": loss.kd / share}
-            if matches_hidden:
-                assert self.teacher is not None
-                parts["hidden_loss"] = square_head(outputs.hidden_states[1:], self.teacher.hidden_states[1:])
-                total = total + args.square_head_weight * parts["hidden_loss"] * share
-            self.note_losses(**parts)
-        if num_items_in_batch is not None and args.average_tokens_across_devices and args.world_size > 1:
-            total = total * self.accelerator.num_processes
-        return (total, outputs) if return_outputs else total
+        share = 1.0 if num_items is None else (labels != IGNORED).sum().clamp(min=1) / num_items
+        total, parts = loss.total, {"ce_loss": loss.ce / share, "kd_loss": loss.kd / share}
+        if matches_hidden:
+            assert self.teacher is not None
+            parts["hidden_loss"] = square_head(outputs.hidden_states[1:], self.teacher.hidden_states[1:])
+            total = total + args.square_head_weight * parts["hidden_loss"] * share
+        return total, outputs, parts
 
     # --- after the last step ---------------------------------------------------------------------------------------
 
