@@ -1,6 +1,7 @@
 """What holds, layer by layer: the contract at the end of every run, and who runs what and why."""
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from sparsekit.backends import BACKENDS
 from sparsekit.formats import FORMATS
 from sparsekit.masks import Mask
-from sparsekit.nn import SparseLinear, sparse_layers, unwrapped
+from sparsekit.nn import SideLinear, SparseLinear, side_layers, sparse_layers, unwrapped
 from sparsekit.pack import why_dense
 from sparsekit.patterns import NM, Block, Pattern
 from sparsekit.plan import Plan
@@ -25,6 +26,9 @@ def check(model: nn.Module, plan: Plan | None = None) -> Report:
     """Return a table of every linear layer: pattern, format, sparsity asked and got, finiteness, bytes, bits for each
     weight of the dense matrix, backend and why.
 
+    The numbers of a side branch are no zeros: they are taken off the sparsity, and counted in bytes and bits; the
+    column "side" says how many there are.
+
     Args:
         model: packed, masked or dense.
         plan: what was asked for; without one, packed layers must hold the pattern of their format.
@@ -35,7 +39,8 @@ def check(model: nn.Module, plan: Plan | None = None) -> Report:
     model = unwrapped(model)
     rows: list[dict[str, Any]] = []
     problems: list[str] = []
-    packed = sparse_layers(model)
+    packed, weights = sparse_layers(model), dict[str, int]()
+    has_branches = bool(side_layers(model)) or any(layer.side is not None for layer in packed.values())
     for name, module in model.named_modules():
         sparse = packed.get(name)
         if sparse is not None:
@@ -46,27 +51,36 @@ def check(model: nn.Module, plan: Plan | None = None) -> Report:
             continue
         if weight.device.type == "meta":
             continue
+        weights[name] = weight.numel()
         mask = plan.masks.get(name) if plan else None
         asked = mask.pattern if mask else _pattern_of(sparse) if sparse is not None else None
         asked_share = mask.sparsity if mask else asked.fixed_sparsity() if asked else None
         got = sparsity_of(weight)
-        finite = bool(torch.isfinite(weight).all())
+        branch = (
+            sparse.side_branch() if sparse is not None else module.branch if isinstance(module, SideLinear) else None
+        )
+        num_numbers = 0 if branch is None else branch.num_numbers
+        parts = [weight] if branch is None else [weight, branch.S, *([] if branch.X is None else [branch.X])]
+        finite = all(bool(torch.isfinite(part).all()) for part in parts)
         broken = _count_broken(weight, asked, mask) if asked else 0
         if not finite:
             problems.append(f"{name} holds NaN or infinity")
         if broken:
             problems.append(f"{name} breaks {asked} in {broken:,} places")
+        if plan is not None and name in plan.side and branch is None:
+            problems.append(f"{name} lacks the side branch of the plan: call sparsekit.apply_(model, plan)")
         if mask is not None and bool((weight[~mask.keep.to(weight.device)] != 0).any()):
             problems.append(f"{name} has non-zeros where the plan removes: call sparsekit.apply_(model, plan)")
-        num_bytes = sparse.packed_bytes() if sparse is not None else weight.nbytes
+        num_bytes = sparse.packed_bytes() if sparse is not None else weight.nbytes + num_numbers * weight.itemsize
         rows.append(
             {
                 "layer": name,
                 "shape": f"{weight.shape[0]}x{weight.shape[1]}",
                 "pattern": str(asked) if asked else "dense" if got < FEW_ZEROS else "zeros, no plan",
                 "format": sparse.format if sparse is not None else "dense",
+                **({"side": num_numbers} if has_branches else {}),
                 "asked": None if asked_share is None else round(asked_share, 4),
-                "sparsity": round(got, 4),
+                "sparsity": round(got - num_numbers / max(weight.numel(), 1), 4),
                 "finite": finite,
                 "dense bytes": weight.nbytes,
                 "bytes": num_bytes,
@@ -88,7 +102,11 @@ def check(model: nn.Module, plan: Plan | None = None) -> Report:
         summary["bytes of the sparse layers"] = (
             f"{now_bytes:,} of {dense_bytes:,} dense ({now_bytes / dense_bytes:.3f})"
         )
+        num_weights = sum(weights[row["layer"]] for row in pruned)
+        bits = 8 * now_bytes / max(num_weights, 1)
+        summary["bits a weight of the sparse layers"] = round(bits, 3)
         numbers = {"sparse_bytes": now_bytes, "dense_bytes": dense_bytes, "ratio": now_bytes / dense_bytes}
+        numbers["bits_a_weight"] = bits
     notes = problems + _why_these_backends(packed) + _second_copies(packed)
     if plan is not None:
         missing = [name for name in plan.masks if name not in dict(model.named_modules())]
@@ -153,6 +171,8 @@ def explain(model: nn.Module, num_tokens: tuple[int, ...] = (1, 16, 128, 1024)) 
         elif is_linear(module):
             w_NK = weight_NK(module)
             row = {"weight": f"dense {w_NK.shape[0]}x{w_NK.shape[1]} {_short(w_NK.dtype)}", "backend": "torch"}
+            if isinstance(module, SideLinear):
+                row["weight"] += f", with a side branch of rank {module.rank}"
             row |= {f"M={m}": "dense" for m in num_tokens} | {"why not the others": _why_not_packed(w_NK)}
         else:
             continue
@@ -172,12 +192,18 @@ def _explain_sparse(layer: SparseLinear, num_tokens: tuple[int, ...]) -> dict[st
         for name, backend in BACKENDS.items()
         if name != layer.backend
     }
-    row: dict[str, Any] = {"weight": str(layer.spec), "backend": layer.backend}
+    row: dict[str, Any] = {"weight": _in_words(layer), "backend": layer.backend}
     spec, prepared = layer._prepared_spec, layer.prepared  # of a fused layer: what runs is the product of its group
     row |= {f"M={m}": chosen.kernel(spec, m, device, prepared) for m in num_tokens}
     if verdict := chosen.against_dense(spec, device, prepared):
         row["against dense"] = verdict
     return row | {"why not the others": "; ".join(f"{name}: {reason}" for name, reason in others.items())}
+
+
+def _in_words(layer: SparseLinear) -> str:
+    """Return format, shape and dtype, and the side branch that is packed with the weight."""
+    weight = str(replace(layer.spec, in_features=layer.in_features))
+    return weight if layer.side is None else f"{weight}, with a side branch of rank {layer.side.rank}"
 
 
 def _why_not_packed(w_NK: Tensor) -> str:

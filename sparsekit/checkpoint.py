@@ -18,11 +18,10 @@ from torch import Tensor
 
 from sparsekit.errors import CheckpointError
 from sparsekit.files import replace_dir
-from sparsekit.formats import LAYOUT_VERSION
 from sparsekit.hf import QUANT_METHOD
 from sparsekit.hf.card import write_card
-from sparsekit.hf.describe import describe_layers, describe_packed_, is_pretrained
-from sparsekit.nn import dense_layer, sparse_layers, unwrapped
+from sparsekit.hf.describe import describe_layers, describe_packed_, is_pretrained, layout_version
+from sparsekit.nn import dense_layer, side_layers, sparse_layers, unwrapped
 from sparsekit.version import __version__
 
 MANIFEST = "sparsekit.json"
@@ -48,7 +47,8 @@ def save(
         tokenizer: saved into the same folder where given.
         max_shard_size: as in transformers.
     Raises:
-        ValueError: `packed=True` and no layer is packed; or a peft model, whose adapter and base are saved apart.
+        ValueError: `packed=True` and no layer is packed; side branches that are not packed, or `packed=False`, which
+            has no place for them; or a peft model, whose adapter and base are saved apart.
         OSError: the disk is too full. Nothing was written.
     """
     model = unwrapped(model)
@@ -63,6 +63,7 @@ def save(
         raise ValueError(
             "no layer of the model is packed: call sparsekit.pack_(model) first, or save with packed=False"
         )
+    _refuse_branches(model, packed)
     dense_extra = 0 if packed else sum(layer.dense_bytes() - layer.packed_bytes() for layer in layers.values())
     tensors = [*model.parameters(), *model.buffers()]
     bytes_needed = int(1.05 * (sum(tensor.nbytes for tensor in tensors) + dense_extra)) + 2**20
@@ -75,6 +76,19 @@ def save(
             tokenizer.save_pretrained(folder)
         write_card(model, folder, layers if packed else {})
         _write_manifest(folder, describe_layers(layers) if packed else {})
+
+
+def _refuse_branches(model: nn.Module, packed: bool) -> None:
+    """Raise where a side branch would be lost: only a packed layer has a place for it."""
+    branches = list(side_layers(model))
+    if not packed:
+        branches += [name for name, layer in sparse_layers(model).items() if layer.side is not None]
+    if branches:
+        raise ValueError(
+            f"{len(branches)} layers have a side branch, as {branches[0]}, and a dense checkpoint has no place for it: "
+            "call sparsekit.pack_(model) and save with packed=True; or fold the branches into weights that are dense "
+            "again, with sparsekit.unpack_(model) and sparsekit.nn.merge_side_(model)"
+        )
 
 
 def load(
@@ -230,7 +244,7 @@ def _write_manifest(folder: Path, layers: dict[str, Any]) -> None:
     files = sorted(folder.glob("*.safetensors"))
     manifest = {
         "sparsekit_version": __version__,
-        "layout_version": LAYOUT_VERSION,
+        "layout_version": layout_version(layers),
         "layers": layers,
         "files": {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files},
     }

@@ -23,6 +23,7 @@ from sparsekit.benchmarking.timing import noise_notes
 from sparsekit.errors import Unsupported
 from sparsekit.hf import QUANT_METHOD
 from sparsekit.nn import SparseLinear
+from sparsekit.nn.side_columns import SideColumns
 from sparsekit.progress import progress_bar
 from sparsekit.registry import unknown
 from sparsekit.report import Report
@@ -196,18 +197,19 @@ def _entries(entries: Any) -> list[Entry]:
 
 
 def _group(layers: dict[str, nn.Module]) -> list[LayerShape]:
-    """Return one shape for each N, K and format; blocks of one size count as one format, with their mean number."""
+    """Return one shape for each N, K, format and side branch; blocks of one size count as one format, with their mean
+    number."""
     packed = [layer.spec for layer in layers.values() if isinstance(layer, SparseLinear)]
     usual = Counter(spec.format for spec in packed if spec.block is None).most_common(1)
     format_of_dense = usual[0][0] if usual else "semi24"
-    groups: dict[tuple[int, int, str, tuple[int, int] | None], list[tuple[str, int]]] = {}
+    groups: dict[tuple[int, int, str, tuple[int, int] | None, SideColumns | None], list[tuple[str, int]]] = {}
     for name, layer in layers.items():
         if isinstance(layer, SparseLinear):
-            key = (layer.out_features, layer.in_features, layer.format, layer.spec.block)
+            key = (layer.out_features, layer.in_features, layer.format, layer.spec.block, layer.side)
             num_blocks = layer.spec.num_blocks or 0
         else:
             N, K = weight_NK(layer).shape
-            key, num_blocks = (N, K, format_of_dense, None), 0
+            key, num_blocks = (N, K, format_of_dense, None, None), 0
         groups.setdefault(key, []).append((name.rpartition(".")[2], num_blocks))
     return [
         LayerShape(
@@ -218,8 +220,9 @@ def _group(layers: dict[str, nn.Module]) -> list[LayerShape]:
             format,
             block,
             None if block is None else round(sum(num for _, num in members) / len(members)),
+            side,
         )
-        for (N, K, format, block), members in groups.items()
+        for (N, K, format, block, side), members in groups.items()
     ]
 
 

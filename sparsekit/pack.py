@@ -17,6 +17,7 @@ from sparsekit.formats import FORMATS, WeightSpec
 from sparsekit.hf.describe import describe_packed_
 from sparsekit.interrupt import uninterrupted
 from sparsekit.nn import (
+    SideLinear,
     SparseLinear,
     dense_layer,
     disband_broken_groups_,
@@ -52,7 +53,8 @@ def pack_(
     """Replace every `nn.Linear` whose weight obeys a packed format by a `SparseLinear`; return the same model.
 
     Needs no plan: the weights themselves say whether they fit. Each layer's dense weight is freed before the next
-    one is packed. If anything fails, the layers packed so far are turned back.
+    one is packed. A side branch is packed with the weight that it stands beside, in the same format, and run by the
+    same kernel. If anything fails, the layers packed so far are turned back.
 
     Args:
         model: any module; layers inside are replaced, and a bare `nn.Linear` cannot be.
@@ -322,6 +324,9 @@ def _choose(model: nn.Module, format: str, wanted: Collection[str] | None) -> tu
             continue
         for format_name in _lossless() if format == "auto" else (format,):
             kind = FORMATS.get(format_name)
+            if isinstance(layer, SideLinear) and not kind.holds_side:
+                refused.setdefault(name, f"{format_name} holds no side branch")
+                continue
             if weight.dtype not in kind.dtypes:
                 refused[name] = f"no format holds {weight.dtype}: convert it, as with model.to(torch.bfloat16)"
                 continue
@@ -369,7 +374,7 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None]]
         weight = cast(Tensor, module.weight)
         if hasattr(module, "parametrizations"):
             yield name, module, "its weight is parametrized"
-        elif not is_conv1d(module) and type(module).forward is not nn.Linear.forward:
+        elif not is_conv1d(module) and type(module).forward not in (nn.Linear.forward, SideLinear.forward):
             yield name, module, f"its class {type(module).__name__} has a forward of its own"
         elif "NonDynamically" in type(module).__name__:
             yield name, module, "the attention around it reads its weight without calling it"

@@ -7,7 +7,8 @@ from contextvars import ContextVar
 from torch import Tensor, nn
 
 from sparsekit.interrupt import uninterrupted
-from sparsekit.nn import SparseLinear, sparse_layers
+from sparsekit.nn import SparseLinear, replace_layer_, side_layers, sparse_layers
+from sparsekit.nn.side import without_branch
 from sparsekit.pack import replace_by_dense_
 from sparsekit.targets import set_weight_NK_, weight_NK
 
@@ -17,7 +18,7 @@ class Snapshot:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._packed_before = set(sparse_layers(model))
+        self._packed_before, self._branched_before = set(sparse_layers(model)), set(side_layers(model))
         self._weights: dict[str, Tensor] = {}
 
     def remember(self, name: str) -> None:
@@ -26,9 +27,13 @@ class Snapshot:
             self._weights[name] = weight_NK(self.model.get_submodule(name)).to("cpu", copy=True)
 
     def restore(self) -> None:
-        """Turn layers packed since back into dense ones, and put every remembered weight back, bit for bit."""
+        """Turn layers packed since back into dense ones, take away side branches put there since, and put every
+        remembered weight back, bit for bit."""
         packed_since = [name for name in sparse_layers(self.model) if name not in self._packed_before]
         replace_by_dense_(self.model, packed_since)
+        for name, side in side_layers(self.model).items():
+            if name not in self._branched_before:
+                replace_layer_(self.model, name, without_branch(side))
         for name, w_NK in self._weights.items():
             layer = self.model.get_submodule(name)
             assert not isinstance(layer, SparseLinear)

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from sparsekit.errors import Unsupported
-from sparsekit.nn import remember_grid_, unwrapped
-from sparsekit.plan import Plan
+from sparsekit.nn import install_side_, remember_grid_, side_layers, unwrapped
+from sparsekit.plan import Plan, SideBranch
 from sparsekit.registry import unknown
 from sparsekit.snapshot import restored_on_failure
 from sparsekit.targets import is_linear, weight_NK
@@ -17,21 +17,25 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def apply_(model: M, plan: Plan) -> M:
-    """Zero the weights that the plan removes, and return the model, the same object.
+    """Zero the weights that the plan removes, put its side branches beside them, and return the model, the same object.
 
-    Layers keep their class, dtype and device, and stay trainable. Applying twice changes nothing more; after training
-    it brings the zeros back. All or nothing: whatever ends the call early leaves the model as it was.
+    Layers keep their parameters, dtype and device, and stay trainable; those with a branch become `SideLinear`.
+    Applying twice changes nothing more; after training it brings the zeros back, and leaves a branch as training made
+    it. All or nothing: whatever ends the call early leaves the model as it was.
 
     Warns when the method also updated kept weights (SparseGPT) and this model has non-zeros where the plan removes:
-    that is as it should be after training, and means a lost update on a model that `prune_` did not run on.
+    that is as it should be after training, and means a lost update on a model that `prune_` did not run on. Warns when
+    a layer has another branch already, and keeps that.
 
     Raises:
-        ValueError: the plan names layers that the model lacks, that are no linear layers or have another shape.
+        ValueError: the plan names layers that the model lacks, that are no linear layers or have another shape; or
+            its branches do not fit.
         Unsupported: the plan holds decisions that this version cannot apply.
     """
-    for kind in ("cuts", "perms", "side"):
+    for kind in ("cuts", "perms"):
         if getattr(plan, kind):
             raise Unsupported(f"the plan holds {kind}, which this version does not apply: upgrade sparsekit")
+    plan.check_side()
     inner = unwrapped(model)
     layers = {name: _layer(inner, name, plan.masks[name].shape) for name in plan.masks}
     if plan.made_by.updates_weights:
@@ -43,7 +47,29 @@ def apply_(model: M, plan: Plan) -> M:
             w_NK.masked_fill_(~plan.masks[name].to(w_NK.device).keep, 0)
             if name in plan.scales and plan.format is not None:
                 remember_grid_(layer, plan.format, plan.scales[name])
+        _install_branches_(inner, plan)
     return model
+
+
+def _install_branches_(model: nn.Module, plan: Plan) -> None:
+    """Put the plan's side branches beside the layers that have none yet."""
+    present = side_layers(model)
+    for name, branch in plan.side.items():
+        if name not in present:
+            install_side_(model, name, branch)
+    trained = [name for name in present if name in plan.side and not _is_like(present[name].branch, plan.side[name])]
+    if trained:
+        warnings.warn(
+            f"{len(trained)} layers keep the side branch that they have, which is not the plan's, as {trained[0]}: "
+            "trained since, one hopes. sparsekit.nn.install_side_ puts the plan's in its place",
+            stacklevel=3,
+        )
+
+
+def _is_like(found: SideBranch, planned: SideBranch) -> bool:
+    """Whether a layer's branch is the planned one, in the layer's dtype and on its device."""
+    X = None if planned.X is None else planned.X.to(found.S)
+    return found == SideBranch(planned.S.to(found.S), X, planned.group)
 
 
 def _layer(model: nn.Module, name: str, shape: tuple[int, int]) -> nn.Module:

@@ -55,6 +55,8 @@ class TestCheck:
         assert report.summary["linear layers"] == report.summary["sparse"] == 3
         assert report.summary["packed"] == (3 if packed else 0)
         bytes_line = report.summary["bytes of the sparse layers"]
+        bits = report.numbers.pop("bits_a_weight")
+        assert bits == 8 * held / total and report.summary["bits a weight of the sparse layers"] == round(bits, 3)
         assert report.numbers == {"sparse_bytes": held, "dense_bytes": 4 * total, "ratio": held / (4 * total)}
         assert {row["format"] for row in report.rows} == {"semi24" if packed else "dense"}
         assert bytes_line == f"{held:,} of {4 * total:,} dense ({held / (4 * total):.3f})"

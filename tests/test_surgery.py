@@ -84,7 +84,7 @@ def test_a_plan_for_another_model_changes_nothing(what):
     assert same(model, before)
 
 
-@pytest.mark.parametrize("kind", ["cuts", "perms", "side"])
+@pytest.mark.parametrize("kind", ["cuts", "perms"])
 def test_decisions_of_a_later_version_are_refused(kind):
     model = tiny_model("llama")
     plan = prune_(copy.deepcopy(model), "magnitude", progress=False)

@@ -12,7 +12,9 @@ from sparsekit.benchmarking.machine import cache_bytes, free_bytes, measure_ceil
 from sparsekit.benchmarking.timing import Comparison, rotate, time_pair
 from sparsekit.errors import SparsekitError, Unsupported
 from sparsekit.formats import FORMATS, WeightSpec
-from sparsekit.nn import SparseLinear
+from sparsekit.nn import SideLinear, SparseLinear, dense_layer, merged_layer
+from sparsekit.nn.side_columns import SideColumns
+from sparsekit.plan import SideBranch
 
 MAX_COPIES = 16
 
@@ -28,6 +30,7 @@ class LayerShape:
         count: how many of them one pass through the model runs.
         format: in which the sparse side is packed.
         block, num_blocks: of format "block": rows and columns of a block, and how many of them are stored.
+        side: where the side branch lies in the packed weight; None where there is none.
     """
 
     name: str
@@ -37,6 +40,7 @@ class LayerShape:
     format: str = "semi24"
     block: tuple[int, int] | None = None
     num_blocks: int | None = None
+    side: SideColumns | None = None
 
     def __str__(self) -> str:
         return f"{self.out_features}x{self.in_features}"
@@ -47,7 +51,8 @@ class LayerShape:
 
     def spec(self, dtype: torch.dtype) -> WeightSpec:
         """Return the packed weight that is timed."""
-        return WeightSpec(self.format, self.out_features, self.in_features, dtype, self.block, self.num_blocks)
+        K = self.in_features if self.side is None else self.side.packed_features
+        return WeightSpec(self.format, self.out_features, K, dtype, self.block, self.num_blocks)
 
 
 def in_format(shapes: Sequence[LayerShape], format: str) -> list[LayerShape]:
@@ -100,10 +105,11 @@ def build_pair(
     device: torch.device | str = "cpu",
     *,
     backend: str = "auto",
-) -> tuple[list[nn.Linear], list[SparseLinear]]:
+) -> tuple[list[nn.Module], list[SparseLinear]]:
     """Return dense and packed copies of one random layer, enough of them that none is still in the cache.
 
-    Where the format rounds, the dense copies hold the rounded weights: both sides then have the same answer.
+    Where the format rounds, the dense copies hold the rounded weights, and a side branch is folded into them: both
+    sides then have the same answer.
 
     Raises:
         Unsupported: the memory does not hold one copy of each.
@@ -117,16 +123,23 @@ def build_pair(
         raise Unsupported(f"{shape} in {dtype} needs {4 * w_NK.nbytes / 1e9:.1f} GB free to be timed")
     needed = 1 if torch.device(device).type == "cuda" else math.ceil(3 * cache_bytes(device) / max(w_NK.nbytes // 2, 1))
     copies = max(1, min(needed, MAX_COPIES, room // max(2 * w_NK.nbytes, 1)))
-    sparse = [SparseLinear.from_dense(w_NK, format=shape.format, backend=backend) for _ in range(copies)]
-    if not FORMATS.get(shape.format).lossless:
-        w_NK = sparse[0].to_dense()
-    return [_linear(w_NK if i == 0 else w_NK.clone()) for i in range(copies)], sparse
+    branch = None if shape.side is None else _random_branch(shape.side, w_NK)
+    sparse = [SparseLinear.from_dense(w_NK, format=shape.format, backend=backend, branch=branch) for _ in range(copies)]
+    return [plain_twin(layer) for layer in sparse], sparse
 
 
-def _linear(w_NK: Tensor) -> nn.Linear:
-    layer = nn.Linear(w_NK.shape[1], w_NK.shape[0], bias=False, device="meta")
-    layer.weight = nn.Parameter(w_NK, requires_grad=False)
-    return layer
+def _random_branch(side: SideColumns, w_NK: Tensor, seed: int = 0) -> SideBranch:
+    """Return a random branch for this weight, its share of the output a small one."""
+    generator = torch.Generator().manual_seed(seed)
+    S = torch.randn(w_NK.shape[0], side.rank, generator=generator) / (10 * math.sqrt(side.in_features))
+    X = torch.randn(side.rank, side.in_features, generator=generator) / math.sqrt(side.rank) if side.has_X else None
+    return SideBranch(S.to(w_NK), None if X is None else X.to(w_NK), side.group)
+
+
+def plain_twin(layer: SparseLinear) -> nn.Module:
+    """Return the plain dense layer with the same answer, a side branch folded into its weight."""
+    dense = dense_layer(layer)
+    return merged_layer(dense) if isinstance(dense, SideLinear) else dense
 
 
 def time_layers(
@@ -142,10 +155,10 @@ def time_layers(
     Raises:
         SparsekitError: dense and sparse do not agree.
     """
-    spec = sparse[0].spec
+    spec, K = sparse[0].spec, sparse[0].in_features
     device = next(dense[0].parameters()).device
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(num_tokens, spec.in_features, generator=generator).to(spec.dtype).to(device)
+    x = torch.randn(num_tokens, K, generator=generator).to(spec.dtype).to(device)
     with torch.inference_mode():
         agree(f"{spec} at M={num_tokens}", dense[0](x), sparse[0](x), LAYER_TOLERANCE)
         return time_pair(

@@ -9,11 +9,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sparsekit.benchmarking.layers import MODEL_TOLERANCE, LayerShape, agree, layer_row, time_layers
+from sparsekit.benchmarking.layers import MODEL_TOLERANCE, LayerShape, agree, layer_row, plain_twin, time_layers
 from sparsekit.benchmarking.machine import device_of, environment, free_bytes
 from sparsekit.benchmarking.timing import NOISY, Comparison, Timing, noise_notes, synchronize
 from sparsekit.errors import SparsekitError
-from sparsekit.nn import SparseLinear, dense_layer, sparse_layers
+from sparsekit.nn import SparseLinear, sparse_layers
 from sparsekit.progress import progress_bar
 from sparsekit.report import Report
 
@@ -38,8 +38,8 @@ def benchmark(
     """Return how fast a packed model is here, against the same model with its layers unpacked.
 
     Both sides get the same inputs and take turns, and their outputs are compared before any clock starts. The dense
-    twin shares all but the packed weights with the model; where memory does not hold it, layers alone are timed, and
-    the report says so.
+    twin shares all but the packed weights with the model, and has side branches folded into its own; where memory does
+    not hold it, layers alone are timed, and the report says so.
 
     Args:
         model: a causal language model (prefill and decode), an encoder (forward only), or any module with `inputs`.
@@ -115,9 +115,9 @@ def benchmark(
 
 
 def dense_twin(model: nn.Module) -> nn.Module:
-    """Return the model with dense layers for its packed ones; all other tensors are shared with it, not copied."""
+    """Return the model with plain layers for its packed ones; all other tensors are shared with it, not copied."""
     sparse = sparse_layers(model)
-    memo: dict[int, Any] = {id(layer): dense_layer(layer) for layer in sparse.values()}
+    memo: dict[int, Any] = {id(layer): plain_twin(layer) for layer in sparse.values()}
     packed = set(sparse.values())
     for module in model.modules():
         if module in packed:
@@ -273,7 +273,7 @@ def _tokens_of_phases(
 def _layer_rows(sparse: dict[str, SparseLinear], num_tokens: dict[str, int], progress: bool) -> list[dict[str, Any]]:
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, layer in sparse.items():
-        groups.setdefault((layer.spec, layer.backend), []).append(name)
+        groups.setdefault((layer.spec, layer.side, layer.backend), []).append(name)
     rows = []
     with progress_bar("layers", len(groups) * max(len(num_tokens), 1), progress and bool(groups)) as bar:
         for names in groups.values():
@@ -281,7 +281,7 @@ def _layer_rows(sparse: dict[str, SparseLinear], num_tokens: dict[str, int], pro
             last_names = dict.fromkeys(name.rpartition(".")[2] for name in names)
             shape = LayerShape(", ".join(last_names), layers[0].out_features, layers[0].in_features, len(layers))
             # The model's own layers of one shape are the copies to rotate over; the first sixteen of them.
-            dense = [dense_layer(layer) for layer in layers[:16]]
+            dense = [plain_twin(layer) for layer in layers[:16]]
             for phase, m in num_tokens.items():
                 timings = time_layers(dense, layers[:16], m)
                 rows.append({"what": phase, **layer_row(shape, layers[0], m, timings, with_ceiling=False)})

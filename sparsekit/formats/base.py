@@ -10,8 +10,9 @@ from torch import Tensor
 from sparsekit.errors import CheckpointError
 from sparsekit.registry import Registry
 
-LAYOUT_VERSION = 1
-"""Of the canonical layouts; written into every packed checkpoint, and a later one is refused."""
+LAYOUT_VERSION = 2
+"""Of the canonical layouts; a later one is refused. Written into every packed checkpoint is the first that has all that
+is in it: 1, or 2 where a weight has a side branch."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ class Format(ABC):
     """Of the tensors, in their order."""
     dtypes: tuple[torch.dtype, ...]
     lossless: bool = True
+    holds_side: bool = False
+    """Whether a side branch can lie behind the weight, as further columns of it."""
 
     @abstractmethod
     def parts(self, spec: WeightSpec) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

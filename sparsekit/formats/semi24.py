@@ -25,6 +25,7 @@ class Semi24(Format):
     name = "semi24"
     names: tuple[str, ...] = ("values", "meta")
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    holds_side = True
 
     def parts(self, spec: WeightSpec) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         N, Kp = spec.out_features, padded_features(spec.in_features)

@@ -29,6 +29,10 @@ form: `sparsekit.save(model, folder, packed=False)` writes one that opens anywhe
 
 {num_layers} layers are packed ({patterns}, as {formats}):
 {packed_mb:.1f} MB instead of {dense_mb:.1f} MB dense ({share:.3f} of the bytes), {bits:.3g} bits for each dense weight.
+{branches}"""
+
+_BRANCHES = """\
+{num_branches} of them have a low-rank side branch, which these numbers count.
 """
 
 _DENSE = """\
@@ -39,10 +43,11 @@ packed and faster: `sparsekit.pack_(model)` after loading.
 """
 
 
-def stored_bytes(spec: WeightSpec) -> int:
-    """Return the bytes of a weight of this spec in a checkpoint."""
-    parts = FORMATS.get(spec.format).parts(spec).values()
-    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in parts)
+def stored_bytes(layer: SparseLinear) -> int:
+    """Return the bytes of a layer's weight in a checkpoint, with its side branch."""
+    parts = FORMATS.get(layer.format).parts(layer.spec).values()
+    beside = sum(tensor.nbytes for tensor in layer.side_tensors().values())
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in parts) + beside
 
 
 def pattern_of(spec: WeightSpec) -> str:
@@ -61,7 +66,8 @@ def write_card(model: nn.Module, folder: Path, packed: dict[str, SparseLinear]) 
     front += ["---", "", f"# {type(model).__name__}, made sparse with sparsekit", ""]
     if packed:
         dense = sum(layer.dense_bytes() for layer in packed.values())
-        stored = sum(stored_bytes(layer.spec) for layer in packed.values())
+        stored = sum(stored_bytes(layer) for layer in packed.values())
+        num_branches = sum(layer.side is not None for layer in packed.values())
         body = _PACKED.format(
             auto_class=_auto_class(model),
             tripwire=f"{min(packed)}.weight",
@@ -72,6 +78,7 @@ def write_card(model: nn.Module, folder: Path, packed: dict[str, SparseLinear]) 
             packed_mb=stored / 1e6,
             dense_mb=dense / 1e6,
             share=stored / max(dense, 1),
+            branches=_BRANCHES.format(num_branches=num_branches) if num_branches else "",
         )
     else:
         body = _DENSE

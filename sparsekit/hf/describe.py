@@ -20,7 +20,10 @@ def is_pretrained(model: nn.Module) -> bool:
 
 
 def describe_layers(layers: dict[str, SparseLinear]) -> dict[str, dict[str, Any]]:
-    """Return name -> {format, shape, source, bias, …}, what a loader needs to build the empty layers."""
+    """Return name -> {format, shape, source, bias, …}, what a loader needs to build the empty layers.
+
+    Of a layer with a side branch also {side: {rank, group, has_X}}; `shape` is always that of the weight alone.
+    """
     return {
         name: {
             "format": layer.format,
@@ -28,9 +31,15 @@ def describe_layers(layers: dict[str, SparseLinear]) -> dict[str, dict[str, Any]
             "source": layer.source,
             "bias": layer.bias is not None,
             **FORMATS.get(layer.format).details(layer.spec),
+            **({} if layer.side is None else {"side": layer.side.to_dict()}),
         }
         for name, layer in layers.items()
     }
+
+
+def layout_version(layers: dict[str, dict[str, Any]]) -> int:
+    """Return the version that a reader of layers so described must know, see `LAYOUT_VERSION`."""
+    return 2 if any("side" in described for described in layers.values()) else 1
 
 
 def describe_packed_(model: nn.Module) -> None:

@@ -20,7 +20,9 @@ from sparsekit.errors import CheckpointError, Unsupported
 from sparsekit.formats import FORMATS, LAYOUT_VERSION
 from sparsekit.hf import QUANT_METHOD
 from sparsekit.hf.describe import describe_layers
+from sparsekit.hf.describe import layout_version as layout_version_of
 from sparsekit.nn import SparseLinear, dense_layer, replace_layer_, sparse_layers, warn_of_fallbacks
+from sparsekit.nn.side_columns import SideColumns
 from sparsekit.registry import unknown
 
 
@@ -30,20 +32,21 @@ class SparsekitConfig(QuantizationConfigMixin):
 
     Args:
         layers: qualified name -> {format, shape, source, bias, and what else the format asks for}.
-        layout_version: of the canonical layouts; a later one than this package knows is refused.
+        layout_version: of the canonical layouts; a later one than this package knows is refused. None for the first
+            that has all that is in these layers.
         backend: who shall run the layers; not stored.
     """
 
     def __init__(
         self,
         layers: dict[str, dict[str, Any]] | None = None,
-        layout_version: int = LAYOUT_VERSION,
+        layout_version: int | None = None,
         backend: str = "auto",
         **kwargs: Any,
     ) -> None:
         self.quant_method: Any = QUANT_METHOD  # transformers' own enum cannot be extended
         self.layers = layers or {}
-        self.layout_version = layout_version
+        self.layout_version = layout_version_of(self.layers) if layout_version is None else layout_version
         self.backend = backend
 
     def to_dict(self) -> dict[str, Any]:
@@ -92,7 +95,8 @@ class SparsekitQuantizer(HfQuantizer):
         self.quantization_config.layers = describe_layers(sparse_layers(model)) or self.quantization_config.layers
         state_dict = model.state_dict()
         state_dict[tripwire_name(self.quantization_config.layers)] = torch.empty(0)
-        return state_dict, {"sparsekit": f"packed, layout version {LAYOUT_VERSION}: import sparsekit before loading"}
+        version = layout_version_of(self.quantization_config.layers)
+        return state_dict, {"sparsekit": f"packed, layout version {version}: import sparsekit before loading"}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         for name, layer in sparse_layers(model).items():
@@ -169,7 +173,11 @@ def swap_in_empty_(
                 f"{described['format']} does not hold {dense.weight.dtype}: load with dtype='auto' or 'bfloat16'"
             )
         try:
-            spec = format.spec(shape[0], shape[1], dense.weight.dtype, described)
+            side = SideColumns.from_dict(shape[1], described["side"]) if "side" in described else None
+            if side is not None and not format.holds_side:
+                raise CheckpointError(f"{format.name} holds no side branch: fetch the checkpoint again")
+            K = shape[1] if side is None else side.packed_features
+            spec = format.spec(shape[0], K, dense.weight.dtype, described)
         except CheckpointError as error:
             raise CheckpointError(f"{name}: {error}") from None
         sparse = SparseLinear(
@@ -177,6 +185,7 @@ def swap_in_empty_(
             bias=described["bias"],
             backend=backend,
             source=described["source"],
+            side=side,
             device=dense.weight.device,
         )
         parent, _, attribute = name.rpartition(".")

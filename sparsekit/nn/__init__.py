@@ -1,16 +1,9 @@
 """Modules that run packed weights, and how they take the places of dense ones."""
 
 from sparsekit.nn.fused import FusedGroup, disband_broken_groups_, fuse_
-from sparsekit.nn.replace import (
-    dense_layer,
-    grid_of,
-    remember_grid_,
-    replace_layer_,
-    sparse_layers,
-    unwrapped,
-    warn_of_fallbacks,
-)
-from sparsekit.nn.side import SideLinear, install_side_, side_branches, side_layers
+from sparsekit.nn.places import replace_layer_, unwrapped
+from sparsekit.nn.replace import dense_layer, grid_of, remember_grid_, sparse_layers, warn_of_fallbacks
+from sparsekit.nn.side import SideLinear, install_side_, merge_side_, merged_layer, side_branches, side_layers
 from sparsekit.nn.sparse_linear import SparseLinear
 
 __all__ = [
@@ -22,6 +15,8 @@ __all__ = [
     "fuse_",
     "grid_of",
     "install_side_",
+    "merge_side_",
+    "merged_layer",
     "remember_grid_",
     "replace_layer_",
     "side_branches",

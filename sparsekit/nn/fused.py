@@ -264,6 +264,9 @@ class FusedGroup:
                 return f"{name} and {self.names[0]} were packed with other options"
         if first.device.type == "meta":
             return "they are on the meta device"
+        for name, layer in zip(self.names[1:], others, strict=True):
+            if not layer.reads_like(first):
+                return f"the side branches of {name} and {self.names[0]} do not read the same"
         try:
             resolve(first.requested_backend, self._spec(), first.device, first.prefill)
         except Unsupported as error:
@@ -366,7 +369,7 @@ class FusedGroup:
 
     def _multiply(self, layer: SparseLinear, share: Share, x: Tensor, bias: Tensor | None) -> Tensor:
         op, spec = BACKENDS.get(layer.backend).op(share.spec.format), share.spec
-        return op.linear(x, layer.prepared, bias, spec.out_features, spec.in_features)
+        return op.linear(layer.extended(x), layer.prepared, bias, spec.out_features, spec.in_features)
 
     def _joined(self, biases: list[Tensor]) -> Tensor | None:
         """All biases, one after the other. Concatenated at each call: a copy could not know of `bias.data.copy_`."""

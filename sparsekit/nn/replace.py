@@ -5,34 +5,20 @@ from dataclasses import replace
 
 import torch
 import torch.nn as nn
+from sparsekit_kernels.quant import GRIDS
 from torch import Tensor
 
 from sparsekit.backends import BACKENDS, resolve
 from sparsekit.formats import FORMATS
+from sparsekit.nn.places import plain_layer
+from sparsekit.nn.side import SideLinear
+from sparsekit.nn.side_columns import pack_with_side
 from sparsekit.nn.sparse_linear import SparseLinear
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
 
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
     """Return qualified name -> packed layer."""
     return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the module that `torch.compile` wraps, or the module itself."""
-    inner = getattr(model, "_orig_mod", model)
-    assert isinstance(inner, nn.Module)
-    return inner
 
 
 def warn_of_fallbacks(model: nn.Module) -> None:
@@ -70,16 +56,6 @@ def _remedy(layer: SparseLinear) -> str:
     return "Mend that, or keep the model dense"
 
 
-def replace_layer_(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put `new` in the place of the module `name`, with the hooks of the one that stood there."""
-    parent_name, _, attribute = name.rpartition(".")
-    parent = model.get_submodule(parent_name)
-    old = parent.get_submodule(attribute)
-    for hooks in _HOOKS:
-        setattr(new, hooks, getattr(old, hooks))  # the same dict, so that the handles still remove them
-    parent._modules[attribute] = new
-
-
 def remember_grid_(layer: nn.Module, format: str, scales: Tensor) -> None:
     """Note on a dense layer that its weight lies on a grid: `format` on `scales`; `grid_of` reads it."""
     vars(layer)["_sparsekit_grid"] = (format, scales.detach())
@@ -88,7 +64,8 @@ def remember_grid_(layer: nn.Module, format: str, scales: Tensor) -> None:
 def grid_of(layer: nn.Module, w_NK: Tensor) -> tuple[str, Tensor] | None:
     """Return (format, scales) if the layer's weight still lies where `remember_grid_` found it, else None.
 
-    Packing to this format on these scales loses nothing.
+    Packing to this format on these scales loses nothing; of a layer with a side branch, nothing of the branch either
+    if that lies on the grid, too, and else nothing of the weight.
     """
     found: tuple[str, Tensor] | None = vars(layer).get("_sparsekit_grid")
     if found is None:
@@ -98,30 +75,28 @@ def grid_of(layer: nn.Module, w_NK: Tensor) -> tuple[str, Tensor] | None:
     if kind.count_violations(w_NK)[0]:
         return None
     scales = scales.to(w_NK.device)
+    own = scales[:, : GRIDS[format].num_scales(w_NK.shape[1])] if scales.dim() == 2 else scales
     try:
-        on_grid = kind.unpack(kind.pack(w_NK, scales))
+        on_grid = kind.unpack(kind.pack(w_NK, own))
+        if not torch.equal(on_grid, w_NK):
+            return None
+        if not isinstance(layer, SideLinear):
+            return format, own
+        packed, columns, scale = pack_with_side(kind, w_NK, layer.branch, scales)
     except ValueError:  # of another shape: the layer has been resized since
         return None
-    return (format, scales) if torch.equal(on_grid, w_NK) else None
+    return format, scales if torch.equal(columns.split(kind.unpack(packed), scale)[1], layer.side_S) else own
 
 
-def dense_layer(layer: SparseLinear, w_NK: Tensor | None = None) -> nn.Module:
-    """Return the dense layer that a packed one stands for: `nn.Linear`, or `Conv1D` with its transposed weight."""
-    weight = layer.to_dense() if w_NK is None else w_NK
-    dense: nn.Module
-    if layer.source == "Conv1D":
-        from transformers.pytorch_utils import Conv1D
-
-        with torch.device("meta"):
-            dense = Conv1D(layer.out_features, layer.in_features)
-        weight = weight.t().contiguous()
+def dense_layer(layer: SparseLinear) -> nn.Module:
+    """Return the dense layer that a packed one stands for: `nn.Linear`, `SideLinear`, or `Conv1D`, whose weight is
+    transposed."""
+    weight = nn.Parameter(layer.to_dense(), requires_grad=layer.dense_requires_grad)
+    branch = layer.side_branch()
+    if branch is None:
+        dense = plain_layer(weight, layer.bias, layer.source)
     else:
-        dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-    dense.weight = nn.Parameter(weight, requires_grad=layer.dense_requires_grad)
-    if layer.bias is not None:
-        dense.bias = layer.bias
-    elif layer.source == "Conv1D":
-        dense.bias = nn.Parameter(weight.new_zeros(layer.out_features))
+        dense = SideLinear.from_linear(plain_layer(weight, layer.bias, "Linear"), branch, layer.source)
     if not FORMATS.get(layer.format).lossless:
         remember_grid_(dense, layer.format, layer.packed().tensors["scales"].clone())
     return dense.train(layer.training)

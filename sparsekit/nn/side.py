@@ -5,28 +5,17 @@ matrix of its own. The indicator is never formed: its z are the sums of the grou
 gives back a part of what a mask took: the same S_ni for every input of group i. See `sparsekit.train.lowrank` for S.
 """
 
+import copy
+import warnings
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsekit.nn.replace import replace_layer_
-from sparsekit.nn.sparse_linear import SparseLinear
+from sparsekit.nn.places import plain_layer, replace_layer_
+from sparsekit.nn.side_columns import group_sums
 from sparsekit.plan import SideBranch
-
-
-def group_sums(x: Tensor, group: int) -> Tensor:
-    """Return the sums of `group` consecutive features each, x @ X.T for the block indicator X.
-
-    Args:
-        x: floating [..., K].
-    Returns:
-        [..., ceil(K / group)] in x's dtype, summed in fp32 at least; the last group may be shorter.
-    """
-    ragged = -x.shape[-1] % group
-    if ragged:
-        x = F.pad(x, (0, ragged))
-    return x.unflatten(-1, (x.shape[-1] // group, group)).sum(-1)  # torch sums 16-bit numbers in fp32
 
 
 def block_indicator(K: int, group: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -46,6 +35,7 @@ class SideLinear(nn.Linear):
             it is [N, K] always.
     """
 
+    weight: nn.Parameter
     side_S: nn.Parameter
     side_X: nn.Parameter | None
 
@@ -78,31 +68,32 @@ class SideLinear(nn.Linear):
             self.side_X = nn.Parameter(torch.zeros(r, in_features, device=device, dtype=dtype))
 
     @classmethod
-    def from_linear(cls, linear: nn.Module, branch: SideBranch) -> "SideLinear":
+    def from_linear(cls, linear: nn.Module, branch: SideBranch, source: str | None = None) -> "SideLinear":
         """Return the layer with this branch; the parameters of an `nn.Linear` are taken over, not copied.
 
         Args:
             linear: `nn.Linear`, transformers' `Conv1D`, or a `SideLinear`, whose branch is then replaced.
-            branch: brought to the device and dtype of the weight.
+            branch: copied to the device and dtype of the weight.
+            source: class of the layer that this one stands for, where that is not `linear`'s.
         Raises:
             ValueError: the branch does not fit the weight, or the layer is of a class that cannot take one.
         """
         if reason := _why_no_branch(linear):
             raise ValueError(f"a {type(linear).__name__} cannot take a side branch: {reason}")
         weight = linear.get_parameter("weight")
-        source = getattr(linear, "source", "Linear")
+        own_source = linear.source if isinstance(linear, SideLinear) else "Linear"
         if not isinstance(linear, nn.Linear):
-            weight, source = nn.Parameter(weight.detach().T.contiguous(), weight.requires_grad), "Conv1D"
+            weight, own_source = nn.Parameter(weight.detach().T.contiguous(), weight.requires_grad), "Conv1D"
         N, K = weight.shape
         if reason := branch.why_not(N, K):
             raise ValueError(f"the side branch does not fit the layer: {reason}")
         rank = None if branch.X is None else branch.rank
-        layer = cls(K, N, bias=False, group=branch.group, rank=rank, source=source, device="meta")
+        layer = cls(K, N, bias=False, group=branch.group, rank=rank, source=source or own_source, device="meta")
         layer.weight = weight
         layer.register_parameter("bias", linear._parameters["bias"])
-        layer.side_S = nn.Parameter(branch.S.detach().to(weight.device, weight.dtype, copy=True))
-        if branch.X is not None:
-            layer.side_X = nn.Parameter(branch.X.detach().to(weight.device, weight.dtype, copy=True))
+        vars(layer).update({key: value for key, value in vars(linear).items() if key == "_sparsekit_grid"})
+        layer.side_S = _copy_like(branch.S, weight)
+        layer.side_X = None if branch.X is None else _copy_like(branch.X, weight)
         return layer.train(linear.training)
 
     @property
@@ -112,9 +103,8 @@ class SideLinear(nn.Linear):
 
     @property
     def branch(self) -> SideBranch:
-        """A copy of the branch as it is now."""
-        X = None if self.side_X is None else self.side_X.detach().clone()
-        return SideBranch(self.side_S.detach().clone(), X, self.group)
+        """The branch as it is now; its tensors are the parameters'."""
+        return SideBranch(self.side_S.detach(), None if self.side_X is None else self.side_X.detach(), self.group)
 
     def reduce(self, x: Tensor) -> Tensor:
         """Return z [..., r], what the branch multiplies by S, for x [..., K]."""
@@ -123,15 +113,6 @@ class SideLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.weight, self.bias) + F.linear(self.reduce(input), self.side_S)
 
-    def merged_weight(self) -> Tensor:
-        """Return W + S X [N, K] in the weight's dtype, summed in fp32: one dense matrix that does what both do."""
-        S = self.side_S.detach().float()
-        if self.side_X is None:
-            product = S.repeat_interleave(self.group, dim=1)[:, : self.in_features]
-        else:
-            product = S @ self.side_X.detach().float()
-        return (self.weight.detach().float() + product).to(self.weight.dtype)
-
     def extra_repr(self) -> str:
         X = "trained" if self.side_X is not None else f"sums of {self.group}"
         return f"{super().extra_repr()}, side rank={self.rank}, X={X}"
@@ -139,7 +120,7 @@ class SideLinear(nn.Linear):
 
 def _why_no_branch(layer: nn.Module) -> str | None:
     """Return why no branch can stand beside this layer's weight, or None if one can."""
-    if isinstance(layer, SparseLinear):
+    if any(base.__name__ == "SparseLinear" for base in type(layer).__mro__):
         return "it is packed, call sparsekit.unpack_(model) first"
     if hasattr(layer, "parametrizations"):
         return "its weight is parametrized"
@@ -151,6 +132,11 @@ def _why_no_branch(layer: nn.Module) -> str | None:
     return None if type(layer).__name__ == "Conv1D" else "it is no linear layer"
 
 
+def _copy_like(factor: Tensor, weight: nn.Parameter) -> nn.Parameter:
+    """Return a factor of the branch as a parameter of its own beside this weight."""
+    return nn.Parameter(factor.detach().to(weight.device, weight.dtype, copy=True), weight.requires_grad)
+
+
 def side_layers(model: nn.Module) -> dict[str, SideLinear]:
     """Return qualified name -> layer with a side branch that is not packed."""
     return {name: module for name, module in model.named_modules() if isinstance(module, SideLinear)}
@@ -158,20 +144,53 @@ def side_layers(model: nn.Module) -> dict[str, SideLinear]:
 
 def side_branches(model: nn.Module) -> dict[str, SideBranch]:
     """Return qualified name -> copy of the branch as it is now, for `Plan.side` after training."""
-    return {name: layer.branch for name, layer in side_layers(model).items()}
+    return {name: copy.deepcopy(layer.branch) for name, layer in side_layers(model).items()}
 
 
 def install_side_(model: nn.Module, name: str, branch: SideBranch) -> SideLinear:
     """Put a branch beside the linear layer `name`, in the place of one that it may have; return the new layer.
 
-    Weight and bias stay the same parameters, those of a `Conv1D` apart, whose weight is turned.
+    Weight and bias stay the same parameters, but for the weight of a `Conv1D`, which is turned.
 
     Raises:
-        ValueError: the branch does not fit the layer.
+        ValueError: the branch does not fit the layer, or the layer stands in several places of the model.
     """
+    old = model.get_submodule(name)
+    if sum(child is old for module in model.modules() for child in module._modules.values()) > 1:
+        raise ValueError(f"{name}: the layer stands in several places of the model, a branch would stand in one")
     try:
-        layer = SideLinear.from_linear(model.get_submodule(name), branch)
+        layer = SideLinear.from_linear(old, branch)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     replace_layer_(model, name, layer)
     return layer
+
+
+def without_branch(layer: SideLinear) -> nn.Module:
+    """Return the layer without its branch: an `nn.Linear` with the very same parameters, or a `Conv1D`."""
+    return plain_layer(layer.weight, layer.bias, layer.source).train(layer.training)
+
+
+def merged_layer(layer: SideLinear) -> nn.Module:
+    """Return a plain layer that does what weight and branch do together: its weight is W + S X, summed in fp32."""
+    S = layer.side_S.detach().float()
+    if layer.side_X is None:
+        product = S.repeat_interleave(layer.group, dim=1)[:, : layer.in_features]
+    else:
+        product = S @ layer.side_X.detach().float()
+    merged = (layer.weight.detach().float() + product).to(layer.weight.dtype)
+    return plain_layer(nn.Parameter(merged, layer.weight.requires_grad), layer.bias, layer.source).train(layer.training)
+
+
+def merge_side_(model: nn.Module) -> list[str]:
+    """Fold every side branch into the weight beside it, W + S X, and return the names of these layers.
+
+    Their weights are dense again, as it warns: nothing is left to pack. For tools that know no branches; layers that
+    are packed with a branch must be unpacked before.
+    """
+    layers = side_layers(model)
+    for name, merged in {name: merged_layer(layer) for name, layer in layers.items()}.items():
+        replace_layer_(model, name, merged)
+    if layers:
+        warnings.warn(f"{len(layers)} layers are dense again, their side branches in their weights", stacklevel=2)
+    return list(layers)

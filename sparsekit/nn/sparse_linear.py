@@ -14,7 +14,10 @@ from sparsekit.backends import BACKENDS, resolve
 from sparsekit.errors import CheckpointError, NonFiniteError, Unsupported
 from sparsekit.formats import FORMATS, PackedWeight, WeightSpec
 from sparsekit.formats.base import with_dtype
+from sparsekit.nn.side import SideLinear
+from sparsekit.nn.side_columns import SideColumns, pack_with_side
 from sparsekit.ops import SparseOp
+from sparsekit.plan import SideBranch
 
 if TYPE_CHECKING:
     from sparsekit.nn.fused import FusedGroup
@@ -48,8 +51,12 @@ class SparseLinear(nn.Linear):
     dtype changes, and prepares again. Under autocast the product is computed in the weight's dtype and returned in
     autocast's. A *fused* layer is a prepared one whose tensors hold other layers' rows too.
 
+    A layer with a side branch, y = x @ W.T + bias + z @ S.T, holds S as further columns of the packed weight, and
+    multiplies them by what it puts behind x, see `sparsekit.nn.side_columns`.
+
     Attributes:
-        spec: format, shape and dtype of the weight.
+        spec: format, shape and dtype of what is packed: the weight, and its side branch where it has one.
+        side: where the branch lies in it; None where there is none.
         requested_backend: what was asked for, "auto" or a name.
         prefill: what was asked for, see `sparsekit.backends.PREFILLS`.
         backend: name of the backend in use; empty before `prepare_`.
@@ -71,12 +78,14 @@ class SparseLinear(nn.Linear):
         backend: str = "auto",
         prefill: str = "dense",
         source: str = "Linear",
+        side: SideColumns | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         """Build an empty layer in the canonical state, to be filled by `load_state_dict` or `from_linear`."""
         nn.Module.__init__(self)  # nn.Linear's own would allocate the dense weight
-        self.spec = spec
-        self.in_features, self.out_features = spec.in_features, spec.out_features
+        self.spec, self.side = spec, side
+        self.in_features = spec.in_features if side is None else side.in_features
+        self.out_features = spec.out_features
         self.requested_backend, self.prefill, self.source = backend, prefill, source
         self.backend, self.reasons, self.fusion = "", {}, ""
         self.dense_requires_grad = True
@@ -86,6 +95,10 @@ class SparseLinear(nn.Linear):
         self.group: FusedGroup | None = None
         for name, (shape, dtype) in FORMATS.get(spec.format).parts(spec).items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
+        if side is not None and side.has_X:
+            self.register_buffer("side_X", torch.empty(side.rank, side.in_features, dtype=spec.dtype, device=device))
+        if side is not None and not FORMATS.get(spec.format).lossless:
+            self.register_buffer("side_scale", torch.empty((), dtype=spec.dtype, device=device))
         if bias:
             self.bias = nn.Parameter(torch.empty(spec.out_features, dtype=spec.dtype, device=device))
         else:
@@ -102,23 +115,33 @@ class SparseLinear(nn.Linear):
         prefill: str = "dense",
         source: str = "Linear",
         scales: Tensor | None = None,
+        branch: SideBranch | None = None,
     ) -> SparseLinear:
         """Return a layer, ready to run, for a weight that obeys the format's pattern.
 
         Args:
             scales: the grid of a quantised format; None lets the format choose.
+            branch: runs beside the weight; in the weight's dtype and on its device.
             prefill: "dense", "cusparselt" or "auto", see `pack_`.
         Raises:
             PatternError: it does not; the message says in how many groups.
-            NonFiniteError: it holds NaN or infinity.
-            Unsupported: the named backend cannot run here, or the format does not hold this dtype.
+            NonFiniteError: it holds NaN or infinity, or the branch does.
+            Unsupported: the named backend cannot run here, or the format does not hold this dtype, or no branch.
         """
         if not bool(torch.isfinite(w_NK).all()):
             raise NonFiniteError("the weight holds NaN or infinity: mend it before packing")
-        packed = FORMATS.get(format).pack(w_NK.detach(), scales)
+        kind, side, scale = FORMATS.get(format), None, 1.0
+        if branch is None:
+            packed = kind.pack(w_NK.detach(), scales)
+        else:
+            packed, side, scale = pack_with_side(kind, w_NK.detach(), branch, scales)
         resolve(backend, packed.spec, w_NK.device, prefill)
-        layer = cls(packed.spec, bias=False, backend=backend, prefill=prefill, source=source, device="meta")
+        layer = cls(packed.spec, bias=False, backend=backend, prefill=prefill, source=source, side=side, device="meta")
         layer._set_canonical(packed)
+        if branch is not None and branch.X is not None:
+            layer.side_X = branch.X.clone()
+        if "side_scale" in layer._buffers:
+            layer.side_scale = w_NK.new_tensor(scale)
         if bias is not None:
             layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias.detach().clone())
         layer.prepare_()
@@ -133,13 +156,18 @@ class SparseLinear(nn.Linear):
         scales: Tensor | None = None,
         prefill: str = "dense",
     ) -> SparseLinear:
-        """Return the packed equal of an `nn.Linear` or a transformers `Conv1D`; raises as `from_dense`."""
-        source = "Conv1D" if type(linear).__name__ == "Conv1D" else "Linear"
+        """Return the packed equal of an `nn.Linear`, `SideLinear` or transformers `Conv1D`; raises as `from_dense`."""
+        is_conv1d = type(linear).__name__ == "Conv1D"
         weight = cast(Tensor, linear.weight).detach()
-        w_NK = weight.t() if source == "Conv1D" else weight
-        bias = cast(Tensor | None, linear.bias)
         layer = cls.from_dense(
-            w_NK, bias, format=format, backend=backend, prefill=prefill, source=source, scales=scales
+            weight.t() if is_conv1d else weight,
+            cast(Tensor | None, linear.bias),
+            format=format,
+            backend=backend,
+            prefill=prefill,
+            source=linear.source if isinstance(linear, SideLinear) else "Conv1D" if is_conv1d else "Linear",
+            scales=scales,
+            branch=linear.branch if isinstance(linear, SideLinear) else None,
         )
         layer.dense_requires_grad = cast(Tensor, linear.weight).requires_grad
         return layer.train(linear.training)
@@ -155,6 +183,7 @@ class SparseLinear(nn.Linear):
             return self
         packed = self.packed()
         FORMATS.get(self.spec.format).validate(packed)
+        self._validate_side()
         chosen, self.reasons = resolve(self.requested_backend, self.spec, self.device, self.prefill)
         self._set_prepared(chosen.prepare(packed, self.prefill), chosen.name)
         return self
@@ -212,15 +241,34 @@ class SparseLinear(nn.Linear):
 
     def to_dense(self) -> Tensor:
         """Return the dense weight [N, K]: bit for bit what was packed, or what it was rounded to; +0.0 for -0.0."""
+        whole = self._unpacked()
+        return whole if self.side is None else self.side.split(whole)[0]
+
+    def side_branch(self) -> SideBranch | None:
+        """Return a copy of the side branch, as exact as `to_dense`; None where there is none."""
+        if self.side is None:
+            return None
+        S = self.side.split(self._unpacked(), self._buffers.get("side_scale"))[1]
+        X = self._buffers.get("side_X")
+        return SideBranch(S, None if X is None else X.clone(), self.side.group)
+
+    def side_tensors(self) -> dict[str, Tensor]:
+        """Return what the side branch has beside the packed weight: X, and what z is multiplied by."""
+        return {name: tensor for name in _SIDE if (tensor := self._buffers.get(name)) is not None}
+
+    def _unpacked(self) -> Tensor:
+        """The weight and, behind it, the columns of the side branch, dense."""
         if self.is_prepared:
-            w_NK = BACKENDS.get(self.backend).to_dense(self._prepared_spec, self.prepared)
-            return self._own_rows(w_NK) if self.is_fused else w_NK
+            whole = BACKENDS.get(self.backend).to_dense(self._prepared_spec, self.prepared)
+            return self._own_rows(whole) if self.is_fused else whole
         return FORMATS.get(self.spec.format).unpack(self.packed())
 
     def packed_bytes(self) -> int:
-        """Return the bytes that the weight takes in memory as it is now, a second copy for prefill included."""
+        """Return the bytes that the weight takes in memory as it is now; with its side branch, and with a second copy
+        for prefill."""
         tensors = self.prepared or tuple(self.packed().tensors.values())
-        return self._own_bytes(sum(tensor.nbytes for tensor in tensors))
+        beside = sum(tensor.nbytes for tensor in self.side_tensors().values())
+        return self._own_bytes(sum(tensor.nbytes for tensor in tensors)) + beside
 
     def second_copy_bytes(self) -> int:
         """Return how many of `packed_bytes` are a second copy of the weight, kept for prefill."""
@@ -229,8 +277,8 @@ class SparseLinear(nn.Linear):
         return self._own_bytes(BACKENDS.get(self.backend).second_copy_bytes(self._prepared_spec, self.prepared))
 
     def dense_bytes(self) -> int:
-        """Return the bytes that the dense weight would take."""
-        return self.spec.dense_bytes
+        """Return the bytes that the dense weight would take, without a branch."""
+        return self.out_features * self.in_features * self.spec.dtype.itemsize
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -266,11 +314,19 @@ class SparseLinear(nn.Linear):
         share = self._share
         if share is not None:
             return share.group.linear(self, share, x, source)
+        if self.side is not None:
+            x = self.extended(x)
         # Past nn.Module.__getattr__, which costs half a microsecond a tensor.
         buffers: Any = self._buffers
         weight = [buffers[name] for name in self._prepared_names]
         op: Any = self._op
-        return op.linear(x, weight, self.own_bias(), self.out_features, self.in_features)
+        return op.linear(x, weight, self.own_bias(), self.out_features, self.spec.in_features)
+
+    def extended(self, x: Tensor) -> Tensor:
+        """Return what the packed weight multiplies: x [..., K] and behind it the input of the side branch, if any."""
+        if self.side is None:
+            return x
+        return self.side.extend(x, self._buffers.get("side_X"), self._buffers.get("side_scale"))
 
     def own_bias(self) -> Tensor | None:
         """Return `bias`, by the short way where there is one: a parametrized bias is no parameter."""
@@ -282,9 +338,23 @@ class SparseLinear(nn.Linear):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"format={self.spec.format}, backend={backend}"
+            + (f", side rank={self.side.rank}" if self.side is not None else "")
             + (f", prefill={self.prefill}" if self.prefill != "dense" else "")
             + (f", fused {self.fusion}" if self.is_fused else "")
         )
+
+    def reads_like(self, other: SparseLinear) -> bool:
+        """Return whether both put the same behind x: nothing, or the inputs of side branches with the same X."""
+        mine, others = self.side_tensors(), other.side_tensors()
+        same = self.side == other.side and mine.keys() == others.keys()
+        return same and all(torch.equal(tensor, others[name]) for name, tensor in mine.items())
+
+    def _validate_side(self) -> None:
+        for name, tensor in self.side_tensors().items():
+            if not bool(tensor.isfinite().all()) or (name == "side_scale" and not float(tensor) > 0):
+                raise CheckpointError(
+                    f"{name} holds NaN, infinity or no scale: the checkpoint is damaged, fetch it again"
+                )
 
     @property
     def _prepared_spec(self) -> WeightSpec:
@@ -343,7 +413,7 @@ class SparseLinear(nn.Linear):
         packed = PackedWeight(self.spec, {name: tensor.to(moved.device) for name, tensor in there.items()})
         if moved.dtype != probe.dtype:
             packed = FORMATS.get(self.format).cast(packed, moved.dtype)
-        for name in self._buffers:
+        for name in [name for name in self._buffers if name not in _SIDE]:
             self._buffers[name] = None
         super()._apply(fn, recurse)
         self._set_canonical(packed)
@@ -361,7 +431,7 @@ class SparseLinear(nn.Linear):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
-        for name, tensor in self.packed().tensors.items():
+        for name, tensor in (self.packed().tensors | self.side_tensors()).items():
             destination[prefix + name] = tensor
 
     def _load_from_state_dict(
@@ -384,6 +454,7 @@ class SparseLinear(nn.Linear):
         # All or nothing: half of a weight, or a damaged one, leaves this layer as it was. Loading writes in place and
         # `restore` may hand out the prepared tensors themselves, so it goes into a copy.
         before, bias = self.packed(), self.bias
+        beside = {name: tensor.clone() for name, tensor in self.side_tensors().items()}
         bias_values = None if bias is None else bias.detach().clone()
         num_errors = len(error_msgs)
         if self._share is not None:
@@ -398,11 +469,15 @@ class SparseLinear(nn.Linear):
             error_msgs.append(f"{prefix.removesuffix('.')}: {error}")
         if not self.is_prepared:
             self._set_canonical(before)
+            self._buffers.update(beside)
             self.prepare_()
         if len(error_msgs) > num_errors and bias is not None and bias_values is not None:
             self.bias = bias
             with torch.no_grad():
                 bias.copy_(bias_values)
+
+
+_SIDE = ("side_X", "side_scale")
 
 
 def _moved(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:

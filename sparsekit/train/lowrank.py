@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from sparsekit.errors import NonFiniteError
-from sparsekit.nn.side import block_indicator, group_sums
+from sparsekit.nn.side import block_indicator
+from sparsekit.nn.side_columns import group_sums
 from sparsekit.plan import SideBranch
 from sparsekit.registry import unknown
 
@@ -31,10 +32,8 @@ def fit_side(
     keep_NK: Tensor,
     group: int = 16,
     method: str = "mean",
-    *,
     hessian: Tensor | None = None,
     damp: float = 1e-4,
-    free_X: bool = False,
 ) -> SideBranch:
     """Return the branch that stands in for the removed weights; fp32, fitted in fp64.
 
@@ -46,7 +45,6 @@ def fit_side(
             the error (k - 2) times larger where the mean takes 1/k of it away.
         hessian: sum (or mean) over tokens of x x^T, [K, K]; "data" needs it, "svd" uses it, "mean" has no use for it.
         damp: ridge, in units of the mean diagonal of what is inverted; for "data" only, and "svd" where N > K.
-        free_X: give X as a matrix, to be trained, also where it starts as the block indicator; "svd" always does.
     Raises:
         ValueError: unknown method, shapes that do not fit, a Hessian that is missing, not wanted, zero or singular, or
             a budget too small for one column.
@@ -63,14 +61,13 @@ def fit_side(
     P = torch.where(keep_NK, 0, w_NK.detach().double())
     if method == "svd":
         return _svd(P, group, None if hessian is None else hessian.double(), damp)
-    X = block_indicator(K, group).to(w_NK.device) if free_X else None
     if hessian is None:
         sizes = group_sums(P.new_ones(K), group)
-        return SideBranch((group_sums(P, group) / sizes).float(), X, group)
+        return SideBranch((group_sums(P, group) / sizes).float(), None, group)
     H = hessian.double()
     C = group_sums(P @ H, group)
     Z = group_sums(group_sums(H, group).T, group)
-    return SideBranch(_solve(C, Z, damp), X, group)
+    return SideBranch(_solve(C, Z, damp), None, group)
 
 
 def fit_residual(C: Tensor, Z: Tensor, damp: float = 1e-4) -> Tensor:

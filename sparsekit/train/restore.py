@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sparsekit.interrupt import uninterrupted
-from sparsekit.nn.replace import replace_layer_
+from sparsekit.nn import replace_layer_
 
 
 class Kept:
