@@ -61,7 +61,8 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     A group with `masked=True` holds weights of linear layers, and beside `params` the lists `names` and `transposed`
     (True for the [K, N] weights of `Conv1D`). State of a masked parameter: `dense` fp32, `flags` uint8, `exp_avg`,
-    `exp_avg_sq`, `step`, of the parameter's shape and sharding.
+    `exp_avg_sq`, `step`, of the parameter's shape and sharding. Plain parameters of 16 bits have a `dense` too: a step
+    is often smaller than their last bit.
 
     Args:
         groups: parameter groups; options as below can be given for each.
@@ -120,7 +121,11 @@ class MaskedAdamW(torch.optim.Optimizer):
                 loss = closure()
         self.mask_()
         for group in self.param_groups:
-            (self._step_masked if group["masked"] else self._step_plain)(group)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    one = self._step_masked if group["masked"] else self._step_plain
+                    one(group, parameter, _local(parameter.grad))
+        self.write_()
         return loss
 
     @torch.no_grad()
@@ -175,13 +180,13 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave; unlike in torch's optimizers each state keeps its own dtype."""
-        super().load_state_dict(state_dict)
+        super().load_state_dict({**state_dict, "state": {}})
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for number, parameter in zip(numbers, parameters, strict=True):
             for key, value in state_dict["state"].get(number, {}).items():
-                if isinstance(value, Tensor) and self.state[parameter][key].dtype != value.dtype:
-                    self.state[parameter][key] = value.detach().to(parameter.device, copy=True)
+                on_device = value.detach().to(parameter.device) if isinstance(value, Tensor) else value
+                self.state[parameter][key] = on_device
 
     def _masked(self) -> Iterator[tuple[str, Tensor, bool]]:
         for group in self.param_groups:
@@ -222,57 +227,49 @@ class MaskedAdamW(torch.optim.Optimizer):
             kept = kept.T if transposed else kept
         _local(parameter.detach()).copy_(kept)
 
-    def _moments(self, parameter: Tensor, like: Tensor) -> dict[str, Any]:
+    def _moments(self, parameter: Tensor) -> dict[str, Any]:
         state = self.state[parameter]
         if "exp_avg" not in state:
+            like = state.get("dense", parameter.detach())
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(like), torch.zeros_like(like)
-            state["step"] = torch.zeros((), dtype=torch.float32, device=_local(like).device)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
         return state
 
-    def _step_plain(self, group: dict[str, Any]) -> None:
-        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-        gradients = [_local(parameter.grad) for parameter in parameters]
-        self._adam(group, parameters, [_local(parameter.detach()) for parameter in parameters], gradients)
-
-    def _step_masked(self, group: dict[str, Any]) -> None:
-        chosen = [
-            (name, parameter, transposed)
-            for name, parameter, transposed in zip(group["names"], group["params"], group["transposed"], strict=True)
-            if parameter.grad is not None
-        ]
-        parameters = [parameter for _, parameter, _ in chosen]
-        weights = [_local(self.state[parameter]["dense"]) for parameter in parameters]
-        gradients = [_local(parameter.grad).float() for parameter in parameters]
-        if self.masked_decay_kind == "paper":
-            self._adam_of_the_paper(group, parameters, weights, gradients)
-        elif self.masked_decay_kind == "gradient":
-            gradients = [
-                gradient + self._lambda(parameter) * self._removed(parameter)
-                for parameter, gradient in zip(parameters, gradients, strict=True)
-            ]
-            self._adam(group, parameters, weights, gradients)
-        else:
-            self._adam(group, parameters, weights, gradients)
-            for parameter, weight in zip(parameters, weights, strict=True):
-                weight.sub_(self._removed(parameter), alpha=group["lr"] * self._lambda(parameter))
-        for one in chosen:
-            self._write(*one)
-
-    def _adam(
-        self, group: dict[str, Any], parameters: list[Tensor], weights: list[Tensor], gradients: list[Tensor]
-    ) -> None:
-        if not parameters:
+    def _step_plain(self, group: dict[str, Any], parameter: Tensor, gradient: Tensor) -> None:
+        local, state = _local(parameter.detach()), self.state[parameter]
+        if parameter.dtype.itemsize >= 4:
+            self._adam(group, parameter, local, gradient.to(local.dtype))
             return
-        states = [
-            self._moments(parameter, self.state[parameter].get("dense", parameter.detach())) for parameter in parameters
-        ]
+        if "dense" not in state:
+            state["dense"] = parameter.detach().float()
+        dense = _local(state["dense"])
+        torch.where(dense.to(local.dtype) == local, dense, local.float(), out=dense)  # what others wrote since counts
+        self._adam(group, parameter, dense, gradient.float())
+        local.copy_(dense)
+
+    def _step_masked(self, group: dict[str, Any], parameter: Tensor, gradient: Tensor) -> None:
+        weight, gradient = _local(self.state[parameter]["dense"]), gradient.float()
+        strength = self._lambda(parameter)
+        if self.masked_decay_kind == "paper":
+            self._adam_of_the_paper(group, parameter, weight, gradient, strength)
+        elif self.masked_decay_kind == "gradient":
+            self._adam(group, parameter, weight, gradient + strength * self._removed(parameter))
+        else:
+            self._adam(group, parameter, weight, gradient)
+            weight.sub_(self._removed(parameter), alpha=group["lr"] * strength)
+
+    def _adam(self, group: dict[str, Any], parameter: Tensor, weight: Tensor, gradient: Tensor) -> None:
+        """Step one local weight in place. One at a time: a list would need all gradients in fp32 at once."""
+        state = self._moments(parameter)
+        if gradient.stride() != weight.stride():  # the fused kernel goes through memory in one order for all
+            gradient = torch.empty_like(weight).copy_(gradient)
         adamw(
-            weights,
-            gradients,
-            [_local(state["exp_avg"]) for state in states],
-            [_local(state["exp_avg_sq"]) for state in states],
+            [weight],
+            [gradient],
+            [_local(state["exp_avg"])],
+            [_local(state["exp_avg_sq"])],
             [],
-            [state["step"] for state in states],
+            [state["step"]],
             fused=True,
             amsgrad=False,
             beta1=group["betas"][0],
@@ -284,19 +281,18 @@ class MaskedAdamW(torch.optim.Optimizer):
         )
 
     def _adam_of_the_paper(
-        self, group: dict[str, Any], parameters: list[Tensor], weights: list[Tensor], gradients: list[Tensor]
+        self, group: dict[str, Any], parameter: Tensor, weight: Tensor, gradient: Tensor, strength: float
     ) -> None:
         beta1, beta2 = group["betas"]
-        for parameter, weight, gradient in zip(parameters, weights, gradients, strict=True):
-            state = self._moments(parameter, self.state[parameter]["dense"])
-            state["step"] += 1
-            step = float(state["step"])
-            mean, square = _local(state["exp_avg"]), _local(state["exp_avg_sq"])
-            mean.lerp_(gradient, 1 - beta1)
-            update = mean / (1 - beta1**step) + self._lambda(parameter) * self._removed(parameter)
-            square.mul_(beta2).addcmul_(update, update, value=1 - beta2)
-            weight.mul_(1 - group["lr"] * group["weight_decay"])
-            weight.addcdiv_(update, (square / (1 - beta2**step)).sqrt_().add_(group["eps"]), value=-group["lr"])
+        state = self._moments(parameter)
+        state["step"] += 1
+        step = float(state["step"])
+        mean, square = _local(state["exp_avg"]), _local(state["exp_avg_sq"])
+        weight.mul_(1 - group["lr"] * group["weight_decay"])
+        mean.lerp_(gradient, 1 - beta1)
+        update = mean / (1 - beta1**step) + strength * self._removed(parameter)
+        square.mul_(beta2).addcmul_(update, update, value=1 - beta2)
+        weight.addcdiv_(update, (square / (1 - beta2**step)).sqrt_().add_(group["eps"]), value=-group["lr"])
 
     def _removed(self, parameter: Tensor) -> Tensor:
         """Return (1 - m) W."""
