@@ -46,7 +46,8 @@ def training_samples(dataset: Any, model: nn.Module, tokenizer: Any = None, max_
         tokenizer: needed for text only.
         max_seq_length: tokens of a chunk of text, at most.
     Raises:
-        ValueError: no data, too little of it for one chunk, or ids that the model does not know.
+        ValueError: no data, too little of it for one chunk, samples that are too long, unlike one another or without
+            anything to learn, or ids that the model does not know.
     """
     if isinstance(dataset, TokenSamples):
         return dataset
@@ -67,7 +68,7 @@ def training_samples(dataset: Any, model: nn.Module, tokenizer: Any = None, max_
         samples = [sample for item in items for sample in _rows(item)]
     if not samples:
         raise ValueError("the dataset is empty: pass text with a tokenizer, or token tensors")
-    _check_ids(samples, model)
+    _check(samples, model)
     return TokenSamples(samples)
 
 
@@ -84,9 +85,14 @@ def _rows(item: Any) -> list[Sample]:
     ids = batch.pop(INPUT) if INPUT in batch else batch.get("input_ids")
     if ids is None or ids.is_floating_point() or ids.dtype == torch.bool:
         raise ValueError(f"a sample holds {sorted(batch)}: training needs text, or whole numbers as 'input_ids'")
+    if ids.dim() != 2:
+        raise ValueError(f"a sample has the shape {list(ids.shape)}: token ids come as [length] or [samples, length]")
     batch["input_ids"] = ids.long()
     if hasattr(item, "keys") and "labels" in item:
-        batch["labels"] = torch.as_tensor(item["labels"]).long().view(ids.shape)
+        labels = torch.as_tensor(item["labels"]).long()
+        if labels.numel() != ids.numel():
+            raise ValueError(f"a sample holds {ids.numel()} input_ids and {labels.numel()} labels: give one for each")
+        batch["labels"] = labels.view(ids.shape)
     else:
         mask = batch.get("attention_mask")
         batch["labels"] = ids.long() if mask is None else ids.long().masked_fill(mask == 0, IGNORED)
@@ -107,17 +113,23 @@ def _padded(sample: Sample, length: int) -> Sample:
     return padded
 
 
-def _check_ids(samples: list[Sample], model: nn.Module) -> None:
+def _check(samples: list[Sample], model: nn.Module) -> None:
     vocabulary, positions = vocabulary_size(model), max_positions(model)
     for index, sample in enumerate(samples):
-        ids = sample["input_ids"]
-        if not ids.numel():
-            raise ValueError(f"sample {index} holds 0 tokens: leave it out")
-        low, high = int(ids.min()), int(ids.max())
-        if vocabulary is not None and (low < 0 or high >= vocabulary):
+        if sample.keys() != samples[0].keys():
             raise ValueError(
-                f"sample {index} holds token ids from {low} to {high}, and the model knows 0 to {vocabulary - 1}: "
-                "tokenise with the model's own tokenizer"
+                f"sample {index} holds {sorted(sample)}, and sample 0 {sorted(samples[0])}: give all of them the same"
             )
+        ids, labels = sample["input_ids"], sample["labels"][1:]
+        learnt = labels[labels != IGNORED]
+        if not learnt.numel():
+            raise ValueError(f"sample {index} of {ids.numel()} tokens has none to predict from others: leave it out")
+        for name, numbers in (("token ids", ids), ("labels", learnt)):
+            low, high = int(numbers.min()), int(numbers.max())
+            if vocabulary is not None and (low < 0 or high >= vocabulary):
+                raise ValueError(
+                    f"sample {index} holds {name} from {low} to {high}, and the model knows 0 to {vocabulary - 1}: "
+                    "tokenise with the model's own tokenizer"
+                )
         if positions is not None and ids.numel() > positions:
             raise ValueError(f"sample {index} holds {ids.numel()} tokens, the model has {positions} positions: cut it")

@@ -439,7 +439,7 @@ def test_statistics_count_what_flips():
 
 @pytest.mark.parametrize("kind", ["gradient", "paper"])
 def test_masked_decay_can_follow_the_gradients(kind):
-    """lambda = follow * rms(M) / rms(W): the strength of the pull, against that of the gradients, is the same for all."""
+    """lambda = follow * rms(M) / rms(W): the pull is to the gradients as everywhere else."""
     small, large = nn.Parameter(matrix(8, 64) * 1e-2), nn.Parameter(matrix(8, 64, seed=1) * 10)
     optimizer = optimizer_for(small, large, masked_decay_kind=kind, lr=1e-6)
     optimizer.masked_decay, optimizer.follow = None, 0.3
