@@ -51,7 +51,8 @@ def describe_packed_(model: nn.Module) -> None:
             continue
         from sparsekit.hf.quantizer import SparsekitConfig, SparsekitQuantizer
 
-        config = SparsekitConfig(layers=describe_layers(layers))
+        described = describe_layers(layers)
+        config = SparsekitConfig(described, layout_version(described))
         owner.config.quantization_config = config
         owner.hf_quantizer = SparsekitQuantizer(config, pre_quantized=True)
         owner.quantization_method = QUANT_METHOD

@@ -20,7 +20,6 @@ from sparsekit.errors import CheckpointError, Unsupported
 from sparsekit.formats import FORMATS, LAYOUT_VERSION
 from sparsekit.hf import QUANT_METHOD
 from sparsekit.hf.describe import describe_layers
-from sparsekit.hf.describe import layout_version as layout_version_of
 from sparsekit.nn import SparseLinear, dense_layer, replace_layer_, sparse_layers, warn_of_fallbacks
 from sparsekit.nn.side_columns import SideColumns
 from sparsekit.registry import unknown
@@ -32,21 +31,21 @@ class SparsekitConfig(QuantizationConfigMixin):
 
     Args:
         layers: qualified name -> {format, shape, source, bias, and what else the format asks for}.
-        layout_version: of the canonical layouts; a later one than this package knows is refused. None for the first
-            that has all that is in these layers.
+        layout_version: of the canonical layouts; a later one than this package knows is refused. The default is
+            that of layers without a side branch.
         backend: who shall run the layers; not stored.
     """
 
     def __init__(
         self,
         layers: dict[str, dict[str, Any]] | None = None,
-        layout_version: int | None = None,
+        layout_version: int = 1,
         backend: str = "auto",
         **kwargs: Any,
     ) -> None:
         self.quant_method: Any = QUANT_METHOD  # transformers' own enum cannot be extended
         self.layers = layers or {}
-        self.layout_version = layout_version_of(self.layers) if layout_version is None else layout_version
+        self.layout_version = layout_version
         self.backend = backend
 
     def to_dict(self) -> dict[str, Any]:
@@ -95,7 +94,7 @@ class SparsekitQuantizer(HfQuantizer):
         self.quantization_config.layers = describe_layers(sparse_layers(model)) or self.quantization_config.layers
         state_dict = model.state_dict()
         state_dict[tripwire_name(self.quantization_config.layers)] = torch.empty(0)
-        version = layout_version_of(self.quantization_config.layers)
+        version = self.quantization_config.layout_version
         return state_dict, {"sparsekit": f"packed, layout version {version}: import sparsekit before loading"}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

@@ -187,8 +187,8 @@ class TestConfig:
         assert "backend" not in SparsekitConfig(layers=self.LAYERS, backend="reference").to_dict()
 
     def test_refuses_what_a_later_version_wrote(self):
-        with pytest.raises(CheckpointError, match="layout version 2, this sparsekit reads up to 1: upgrade"):
-            SparsekitQuantizer(SparsekitConfig(layers=self.LAYERS, layout_version=2))
+        with pytest.raises(CheckpointError, match="layout version 3, this sparsekit reads up to 2: upgrade"):
+            SparsekitQuantizer(SparsekitConfig(layers=self.LAYERS, layout_version=3))
 
     def test_registered_once(self):
         from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
