@@ -13,7 +13,7 @@ from sparsekit.cli.models import bytes_on_disk, load_model, load_tokenizer, need
 from sparsekit.cli.output import Output
 from sparsekit.evaluate import perplexity
 from sparsekit.formats import FORMATS
-from sparsekit.methods import METHODS
+from sparsekit.methods import METHODS, TRAINED
 from sparsekit.nn import sparse_layers
 from sparsekit.patterns import parse_pattern
 from sparsekit.report import Report, show
@@ -50,6 +50,8 @@ class PruneOptions:
         need_file(self.eval_dataset, "--eval-dataset")
         BACKENDS.check(self.backend)
         FORMATS.check(self.format)
+        if self.method in TRAINED:
+            raise ValueError(f"--method {self.method} trains: use `sparsekit train {self.method}`")
         if self.format != "auto":  # a method's config is where format and pattern meet
             METHODS.get(self.method or "magnitude")(pattern=self.pattern, sparsity=self.sparsity, format=self.format)
         if self.method is not None and METHODS.get(self.method).statistics is not None and self.dataset is None:
@@ -94,7 +96,7 @@ def run_prune(options: PruneOptions, output: Output) -> None:
         output.add("quality", quality)
     report = sk.check(model)
     report.notes += notes
-    output.add("check", report, shown=_short_check(report))
+    output.add("check", report, shown=short_check(report))
     is_packed = options.packed and bool(sparse_layers(model))
     sk.save(model, options.out, packed=is_packed, tokenizer=tokenizer)
     output.add("saved", saved_report(model, options.model, options.out, is_packed))
@@ -136,7 +138,7 @@ def _quality(
     return {"model": side, "perplexity": found.value, "tokens": found.num_tokens, "chunk": found.max_seq_length}
 
 
-def _short_check(report: Report) -> Report:
+def short_check(report: Report) -> Report:
     """The check for people: one line for each kind of layer, with a range where its layers differ in a number."""
     kinds: dict[tuple[object, ...], list[dict[str, Any]]] = {}
     for row in report.rows:

@@ -12,15 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from sparsekit.archs import vocabulary_size
 from sparsekit.calibration import Hessian, Walk, load_samples
 from sparsekit.errors import PatternError
 from sparsekit.masks import Mask
-from sparsekit.nn.side import block_indicator, install_side_, side_branches
+from sparsekit.nn.side import block_indicator, install_side_, side_layers
 from sparsekit.patterns import parse_pattern
-from sparsekit.plan import MadeBy, Plan
+from sparsekit.plan import MadeBy, Plan, SideBranch
 from sparsekit.prune import prune_
 from sparsekit.targets import find_targets, is_conv1d, set_weight_NK_, weight_NK
 from sparsekit.train.ast_config import ASTConfig
@@ -32,7 +33,7 @@ from sparsekit.train.refit import refit_branches_
 from sparsekit.train.schedules import MaskedDecay, peak_for
 from sparsekit.train.teacher_cache import CachedTeacher
 from sparsekit.train.teachers import Teacher
-from sparsekit.train.trainer import Callback, SparseTrainer, shifted
+from sparsekit.train.trainer import Callback, SparseTrainer, from_first_rank, same_on_all_ranks_, shifted
 
 FOLLOW = 0.3
 """lambda * rms(W) / rms(M) at its peak, where lambda follows the gradients. The useful range is 0.1 to 1."""
@@ -75,6 +76,7 @@ class ASTTrainer(SparseTrainer):
             teacher = copy.deepcopy(model) if teacher is None else teacher
             _refuse_other_vocabulary(model, teacher)
             self.teacher = Teacher(teacher.to(args.device))
+            same_on_all_ranks_(self.teacher, args)
         if args.teacher_cache is not None and self.train_samples is not None:
             cache = CachedTeacher(args.teacher_cache)
             self.train_dataset = cache.attach(self.train_samples, args.temperature, vocabulary_size(model))
@@ -115,9 +117,8 @@ class ASTTrainer(SparseTrainer):
             set_weight_NK_(layer, torch.where(keep[name].to(now.device), now, w_NK.to(now.device)))
         if self.args.world_size > 1:
             for name, mask in keep.items():  # one choice for all, whatever rounding made of it elsewhere
-                keep[name] = _from_first_rank(mask.to(args.device)).cpu()
-            for parameter in model.parameters():
-                parameter.data.copy_(_from_first_rank(parameter.data.to(args.device)))
+                keep[name] = from_first_rank(mask.to(args.device)).cpu()
+            same_on_all_ranks_(model, args)
         return keep
 
     def _prune_once(self, model: nn.Module) -> dict[str, Mask]:
@@ -361,8 +362,25 @@ class ASTTrainer(SparseTrainer):
 
     # --- after the last step ---------------------------------------------------------------------------------------
 
+    def trained_model(self) -> nn.Module:
+        """Return the model, whole: the one that was given, or, where it is sharded, one put together from all ranks.
+
+        Where it is sharded, all ranks must call this, and the first alone gets the weights.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+            return model
+        state = self.accelerator.get_state_dict(self.model_wrapped)
+        whole: Any = type(model)
+        whole = whole(model.config)
+        for name, branch in self.plan().side.items():
+            install_side_(whole, name, branch)
+        if self.is_world_process_zero():
+            whole.load_state_dict(state)
+        return whole
+
     def plan(self) -> Plan:
-        """Return the masks and branches as they are now."""
+        """Return the masks and branches as they are now, on every rank."""
         model = self.accelerator.unwrap_model(self.model)
         masks = {name: Mask(self.args.pattern, keep) for name, keep in self.masked_optimizer.keep().items()}
         made_by = MadeBy(
@@ -373,7 +391,11 @@ class ASTTrainer(SparseTrainer):
             targets=list(map(str, self.args.targets)),
             ignore=list(map(str, self.args.ignore)),
         )
-        return Plan(masks, made_by, notes=list(self.notes), side=side_branches(model))
+        side = {
+            name: SideBranch(_whole(layer.side_S), None if layer.side_X is None else _whole(layer.side_X), layer.group)
+            for name, layer in side_layers(model).items()
+        }
+        return Plan(masks, made_by, notes=list(self.notes), side=side)
 
 
 def _masks_of(plan: Plan, dense: dict[str, Tensor], pattern: str) -> dict[str, Mask]:
@@ -398,8 +420,7 @@ def _refuse_other_vocabulary(student: nn.Module, teacher: nn.Module) -> None:
         )
 
 
-def _from_first_rank(x: Tensor) -> Tensor:
-    """Return what the first process holds."""
-    x = x.contiguous()
-    torch.distributed.broadcast(x, src=0)
-    return x
+def _whole(parameter: Tensor) -> Tensor:
+    """Return a copy on the CPU, gathered from all ranks where the parameter is sharded."""
+    detached = parameter.detach()
+    return (detached.full_tensor() if isinstance(detached, DTensor) else detached).to("cpu", copy=True)

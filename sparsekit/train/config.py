@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import torch
 from transformers import TrainingArguments
 
 from sparsekit.patterns import NM, parse_pattern
@@ -38,7 +39,7 @@ class SparseTrainingArguments(TrainingArguments):
     Attributes:
         pattern: which zeros are legal, N:M.
         max_seq_length: tokens of a training sample, where the dataset is text.
-        targets: which layers, see `sparsekit.prune_`; a callable cannot be kept in a checkpoint.
+        targets: which layers, see `sparsekit.prune_`.
         ignore: which of them not.
     """
 
@@ -56,6 +57,8 @@ class SparseTrainingArguments(TrainingArguments):
     report_to: Any = field(default="none")
 
     def __post_init__(self) -> None:
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # without it bf16 is refused, even where the processor has it
         super().__post_init__()
         parsed = parse_pattern(self.pattern)
         if not isinstance(parsed, NM):
@@ -78,6 +81,10 @@ class SparseTrainingArguments(TrainingArguments):
         inherited = {known.name for known in dataclasses.fields(TrainingArguments)}
         own = [known.name for known in dataclasses.fields(self) if known.name not in inherited]
         return {name: _plain(getattr(self, name)) for name in (*own, *DIGEST_FIELDS)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields, fit for JSON; loggers write them down."""
+        return super().to_dict() | self.own_fields()
 
     def for_layers(self, targets: Any, ignore: Any) -> Self:
         """Return a copy that prunes these layers, where they are others than the default ones."""
