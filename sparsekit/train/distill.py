@@ -9,6 +9,9 @@ copies, in fp32. Here the gradient is known in closed form, so the forward pass 
 of tokens at a time, and writes it over the student's logits, of which there is then one copy ever. The teacher's are
 made from its hidden states one chunk at a time (`Head`), or come from a cache (`TopK`).
 
+On a GPU with Triton this is one fused kernel (`sparsekit_kernels.kd_loss`); elsewhere, in float64, and against a cache,
+it is torch, and the same but for the order of summation.
+
 The gradient is stored per token, without the division by the number of tokens, and the backward pass scales it in
 float32: fp16 then loses nothing to underflow, whatever the number of tokens and the loss scale.
 """
@@ -19,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from sparsekit_kernels import target
 from sparsekit_kernels.reference import IGNORE_INDEX, cross_entropy, divergence, kd_loss_reference
 from torch import Tensor
 
@@ -198,7 +202,7 @@ def _chunk_loss(
     teacher_logits = teacher.head(teacher.hidden) if isinstance(teacher, Head) else teacher
     if teacher_logits is not None:
         _check_vocabulary(logits, teacher_logits.shape[-1])
-    return kd_loss_reference(
+    return _kernel(logits, teacher_logits)(
         logits,
         teacher_logits,
         labels,
@@ -208,6 +212,16 @@ def _chunk_loss(
         reverse=options.reverse,
         overwrite=overwrite,
     )
+
+
+def _kernel(logits: Tensor, teacher_logits: Tensor | None) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return the fused kernel where it runs, else the same in torch."""
+    if logits.is_cuda and target.why_not(logits.device) is None:
+        from sparsekit_kernels.kd_loss import kd_loss, why_not_logits
+
+        if why_not_logits(logits, teacher_logits) is None:
+            return kd_loss
+    return kd_loss_reference
 
 
 def _top_k_loss(

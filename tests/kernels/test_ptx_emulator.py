@@ -224,6 +224,19 @@ def test_sixteen_bits(kind, dtype):
         same(result, exact.to(dtype) if kind == "f16" else f(tx.to(dtype), ty.to(dtype)))
 
 
+@pytest.mark.parametrize("of", [2, 3])
+@pytest.mark.parametrize("nan", ["", ".NaN"])
+def test_extremes_of_two_and_of_three(nan, of):
+    values = np.float32([[1, 2, np.nan, -np.inf], [2, -1, 0, np.nan], [0, 3, -1, 5]])[:of]
+    names = ", ".join(f"%x{n}" for n in range(of))
+    for name, f in (("min", np.minimum if nan else np.fmin), ("max", np.maximum if nan else np.fmax)):
+        inputs = [np.tile(value, 8).view(np.uint32) for value in values]
+        kept = [x.copy() for x in inputs]
+        result = apply(f"{name}{nan}.f32 %y, {names};", np.uint32, *inputs).view(np.float32)
+        np.testing.assert_array_equal(result, np.tile(f.reduce(values), 8))
+        np.testing.assert_array_equal(inputs, kept)
+
+
 def test_fused_multiply_add_rounds_once():
     a = np.float32(1 + 2**-12)
     values = [np.full(32, v, np.float32).view(np.uint32) for v in (a, a, -1 - 2**-11)]

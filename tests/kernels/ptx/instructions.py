@@ -1,6 +1,7 @@
 """What each PTX instruction does, as a function from an instruction to a step of the machine."""
 
 from collections.abc import Callable
+from functools import reduce
 
 import numpy as np
 
@@ -307,8 +308,8 @@ def float_arithmetic(code: Code, i: Instruction, kind: str) -> Step:
         "div": lambda a, b: a / b,
         "mad": fma,
         "fma": fma,
-        "min": np.minimum if nan else np.fmin,
-        "max": np.maximum if nan else np.fmax,
+        "min": lambda *values: reduce(np.minimum if nan else np.fmin, values),  # of two, and from sm_100 on of three
+        "max": lambda *values: reduce(np.maximum if nan else np.fmax, values),
         "abs": np.abs,
         "neg": np.negative,
     }
