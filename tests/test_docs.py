@@ -33,6 +33,7 @@ def test_scripts_and_commands_exist(document):
     for script in re.findall(r"(?:python|bash) ((?:bench|demo)/\S+?\.(?:py|sh))", text):
         assert (REPOSITORY / script).is_file(), script
     commands = {command.name or command.callback.__name__ for command in app.registered_commands}
+    commands |= {group.name for group in app.registered_groups}
     for line in re.findall(r"^sparsekit .+$", text, re.MULTILINE):
         assert shlex.split(line.split("#")[0])[1] in commands, line
 
