@@ -262,9 +262,9 @@ def test_a_short_run_takes_no_tables_place(tmp_path):
 @pytest.mark.parametrize(
     "words, stages",
     [
-        ([], "probe correct tune decode prefill compile e2e sanitize"),
+        ([], "probe correct tune decode prefill compile e2e train sanitize"),
         (["check"], "probe correct pytest sanitize"),
-        (["bench"], "decode prefill e2e compile"),
+        (["bench"], "decode prefill e2e compile train"),
         (["tune"], "tune"),
     ],
 )
