@@ -1,5 +1,6 @@
 """Arguments of AST: adaptive sparse training with annealed decay and distillation (arXiv 2407.20584)."""
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -129,10 +130,9 @@ class ASTConfig(SparseTrainingArguments):
 
         config = self.for_layers(targets, ignore)
         config.disable_tqdm = config.disable_tqdm or not progress
-        with restored_whole_on_failure(model) as kept:
-            trainer = ASTTrainer(model, config, dataset, processing_class=tokenizer)
-            if trainer.teacher is not None:
-                kept.use(trainer.teacher.model)
+        teacher = copy.deepcopy(model) if config.needs_teacher else None
+        with restored_whole_on_failure(model, twin=teacher):
+            trainer = ASTTrainer(model, config, dataset, processing_class=tokenizer, teacher=teacher)
             trainer.train()
             return trainer.plan()
 

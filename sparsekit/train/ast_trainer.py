@@ -19,6 +19,7 @@ from sparsekit.archs import vocabulary_size
 from sparsekit.calibration import Hessian, Walk, load_samples
 from sparsekit.errors import PatternError
 from sparsekit.masks import Mask
+from sparsekit.methods import method_config
 from sparsekit.nn.side import block_indicator, install_side_, side_layers
 from sparsekit.patterns import parse_pattern
 from sparsekit.plan import MadeBy, Plan, SideBranch
@@ -105,7 +106,10 @@ class ASTTrainer(SparseTrainer):
             masks = _masks_of(args.start, dense, args.pattern)
         else:
             masks = self._prune_once(model)
-        keep = {name: mask.keep for name, mask in masks.items()}
+        keep = {  # one-shot methods leave out what is zero throughout
+            name: masks[name].keep if name in masks else args.parsed_pattern.project(w_NK.abs())
+            for name, w_NK in dense.items()
+        }
         with torch.no_grad():
             for name, layer in layers.items():
                 weight_NK(layer).masked_fill_(~keep[name].to(weight_NK(layer).device), 0)
@@ -124,7 +128,7 @@ class ASTTrainer(SparseTrainer):
     def _prune_once(self, model: nn.Module) -> dict[str, Mask]:
         plan = prune_(
             model,
-            self.args.start,
+            method_config(self.args.start, pattern=self.args.pattern),
             dataset=None if self.args.start == "magnitude" else self._calibration(),
             targets=self.args.targets,
             ignore=self.args.ignore,
@@ -148,9 +152,11 @@ class ASTTrainer(SparseTrainer):
             if fitted_to is not None:
                 w_NK, keep = (tensors[name].to(w_NK.device) for tensors in fitted_to)
             method = init if hessian is not None or init == "svd" else "mean"
-            branch = fit_side(
-                w_NK, keep, group=group, method=method, hessian=None if hessian is None else hessian.matrix
-            )
+            matrix = None if hessian is None else hessian.matrix
+            try:
+                branch = fit_side(w_NK, keep, group=group, method=method, hessian=matrix)
+            except ValueError as error:
+                raise ValueError(f"slorb_group={group}, slorb_init={init!r}: no branch for {name}: {error}") from error
             if train_x and branch.X is None:
                 branch = dataclasses.replace(branch, X=block_indicator(w_NK.shape[1], group))
             install_side_(model, name, branch)

@@ -1,55 +1,96 @@
 """All or nothing for training: the whole model as it was, for when a run fails half-way."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 from sparsekit.interrupt import uninterrupted
-from sparsekit.nn import replace_layer_
+
+_CONTENT = ("_parameters", "_buffers", "_modules")
 
 
 class Kept:
-    """What a model was before training: its modules, and where its values can be had."""
+    """What a model was before training: its modules and their attributes, and where its values can be had.
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._modules = dict(model.named_modules())
-        self._parameters = {
-            name: {key: (value, value.requires_grad) for key, value in module._parameters.items() if value is not None}
-            for name, module in self._modules.items()
-        }
-        self._training = {name: module.training for name, module in self._modules.items()}
-        self._values = {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}
+    Args:
+        model: the model about to be trained.
+        twin: a frozen copy of it, as a teacher is, to take the values from; None copies them to the CPU.
+    """
 
-    def use(self, other: nn.Module) -> None:
-        """Let a frozen copy of the model serve, so that there are not two."""
-        state = other.state_dict()
-        if state.keys() == self._values.keys():
-            self._values = state
+    def __init__(self, model: nn.Module, twin: nn.Module | None = None) -> None:
+        self._model, self._twin = model, twin
+        self._attributes = [
+            (module, {name: (value, _content(value)) for name, value in vars(module).items()})
+            for module in model.modules()
+        ]
+        self._wants_gradient = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        configs = (getattr(model, name, None) for name in ("config", "generation_config"))
+        self._configs = [(config, copy.deepcopy(vars(config))) for config in configs if hasattr(config, "__dict__")]
+        self._values = (
+            {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}
+            if twin is None
+            else None
+        )
 
     def restore_(self) -> None:
-        """Put modules, values, gradients wanted and modes back."""
-        for name, module in self._modules.items():
-            if name and self._model.get_submodule(name) is not module:
-                replace_layer_(self._model, name, module)
-            for key, (parameter, requires_grad) in self._parameters[name].items():
-                module._parameters[key] = parameter.requires_grad_(requires_grad)
-            module.training = self._training[name]
+        """Put modules, values, gradients wanted, modes and settings back."""
+        self._put_back(())
+        for parameter, wanted in self._wants_gradient:
+            parameter.requires_grad_(wanted)
+        values = self._values if self._twin is None else self._twin.state_dict()
+        assert values is not None
         with torch.no_grad():
             for name, value in self._model.state_dict().items():
-                value.copy_(self._values[name])
+                value.copy_(values[name])
         self._model.zero_grad(set_to_none=True)
+
+    def restore_settings_(self) -> None:
+        """Put back all but weights and layers: hooks, wrapped forwards, checkpointing, modes, the model's config."""
+        self._put_back(_CONTENT)
+        known = {id(module) for module, _ in self._attributes}
+        for module in self._model.modules():
+            if id(module) not in known:
+                module.training = self._model.training
+
+    def _put_back(self, but: tuple[str, ...]) -> None:
+        for module, saved in self._attributes:
+            now = vars(module)
+            for name in now.keys() - saved.keys():
+                del now[name]
+            for name, (value, content) in saved.items():
+                if name in but:
+                    continue
+                if content is not None:  # in place: the handles of hooks remember the dict that they are in
+                    value.clear()
+                    value.update(content)
+                now[name] = value
+        for config, settings in self._configs:
+            vars(config).clear()
+            vars(config).update(settings)
 
 
 @contextmanager
-def restored_whole_on_failure(model: nn.Module) -> Iterator[Kept]:
-    """Yield what the model was; whatever ends the body early, Ctrl-C too, it is put back."""
-    kept = Kept(model)
+def restored_whole_on_failure(model: nn.Module, twin: nn.Module | None = None) -> Iterator[None]:
+    """Let the body train `model`; whatever ends it early, Ctrl-C too, the model is put back, bit for bit.
+
+    Where all goes well, weights and layers alone have changed: what a trainer left on the model is taken off again.
+
+    Args:
+        twin: a frozen copy of the model that lives as long as the body, so that there is no third one.
+    """
+    kept = Kept(model, twin)
     try:
-        yield kept
+        yield
     except BaseException:
         with uninterrupted():
             kept.restore_()
         raise
+    kept.restore_settings_()
+
+
+def _content(value: Any) -> Any:
+    return value.copy() if isinstance(value, dict | set) else None

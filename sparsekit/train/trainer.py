@@ -1,27 +1,31 @@
 """What all trainers share: data checks, a stop at NaN, resuming only what was begun, one progress bar."""
 
+import copy
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 
 from sparsekit.errors import CheckpointError, NonFiniteError, SparsekitError
-from sparsekit.files import replace_file
+from sparsekit.targets import find_targets
 from sparsekit.train.config import SparseTrainingArguments
 from sparsekit.train.data import IGNORED, TokenSamples, collate, training_samples
 
 CONFIG_FILE = "sparsekit_config.json"
-"""In every checkpoint of a training run: the arguments that say what came out of it."""
+"""In every checkpoint of a training run: the arguments that its result follows from."""
 
 DIVERGED_BY = 1.0
-"""Nats per token above the loss of the first steps at which a run counts as diverged."""
+"""Nats per token above twice the loss of the first steps at which a run counts as diverged."""
 
 
 class TrainingDiverged(SparsekitError, RuntimeError):
@@ -53,6 +57,10 @@ class SparseTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         _refuse_unless_causal(model)
+        if any(map(callable, (*args.targets, *args.ignore))):  # which cannot be written into a checkpoint
+            names = list(find_targets(model, args.targets, args.ignore))
+            args = copy.copy(args)
+            args.targets, args.ignore = names, []
         read = {name: data for name, data in (("train", train_dataset), ("eval", eval_dataset)) if data is not None}
         samples = {
             name: training_samples(data, model, processing_class, args.max_seq_length) for name, data in read.items()
@@ -72,6 +80,7 @@ class SparseTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         if "train" in samples:
             _refuse_too_few(len(samples["train"]), args)
+        same_on_all_ranks_(model, args)
         self.train_samples: TokenSamples | None = samples.get("train")
         self._first_losses: list[float] = []
         self._losses: dict[str, Tensor] = {}
@@ -81,9 +90,11 @@ class SparseTrainer(Trainer):
         """Train; as `Trainer.train`.
 
         Raises:
-            NonFiniteError: the loss became NaN or infinite. The message names the last good checkpoint.
+            NonFiniteError: the loss or a gradient became NaN or infinite. The weights are those of the step before;
+                the message names the last good checkpoint.
             TrainingDiverged: the loss rose far above its beginning.
-            CheckpointError: the checkpoint to resume from was made with other arguments; the message lists them.
+            CheckpointError: the checkpoint to resume from is not complete, or was made with other arguments; the
+                message lists them.
         """
         folder = _checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         if folder is not None:
@@ -96,22 +107,36 @@ class SparseTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
-        value = float(loss)
+        self._refuse_non_finite("loss", float(loss))
+        self._refuse_divergence(float(loss) * self.current_gradient_accumulation_steps)
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Return the norm, which is the same on all ranks, as `Trainer` does just before the optimizer's step."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        if norm is not None and self.accelerator.scaler is None:  # in fp16 the scaler leaves such a step out
+            self._refuse_non_finite("norm of the gradients", float(norm))
+        return norm
+
+    def _refuse_non_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
             raise NonFiniteError(
-                f"the loss is {value} at step {self.state.global_step + 1}: stopped before the weights changed. "
+                f"the {what} is {value} at step {self.state.global_step + 1}: stopped before the weights changed. "
                 f"{self._last_checkpoint()} Lower learning_rate={self.args.learning_rate}, train in bf16 rather than "
                 "fp16, or look for NaN in the data"
             )
-        self._refuse_divergence(value * max(self.args.gradient_accumulation_steps, 1))
-        return loss
 
     def _refuse_divergence(self, loss: float) -> None:
         if len(self._first_losses) < 5:
             self._first_losses.append(loss)
-            return
-        start = max(self._first_losses)
-        if loss > 2 * start + DIVERGED_BY:
+            start = self._first_losses[0]
+            limit = 10 * (start + DIVERGED_BY)  # batches differ, and one alone says little
+        else:
+            start = max(self._first_losses)
+            limit = 2 * start + DIVERGED_BY
+        if loss > limit:
             raise TrainingDiverged(
                 f"the loss rose from {start:.3g} to {loss:.3g} at step {self.state.global_step + 1}: "
                 f"{self.what_may_diverge()}. {self._last_checkpoint()}"
@@ -143,11 +168,19 @@ class SparseTrainer(Trainer):
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        """Save as `Trainer` does; a checkpoint that does not come about whole is taken away again."""
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
-            folder = Path(self.args.output_dir or ".") / f"checkpoint-{self.state.global_step}"
-            with replace_file(folder / CONFIG_FILE) as file:
-                file.write_text(json.dumps(self.args.own_fields(), indent=2) + "\n")
+            shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
+            folder.mkdir(parents=True)
+            (folder / CONFIG_FILE).write_text(json.dumps(self.args.own_fields(), indent=2) + "\n")
+        self.accelerator.wait_for_everyone()
+        try:
+            super()._save_checkpoint(model, trial)
+        except BaseException:
+            if self.args.should_save and not is_complete(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 class Callback(TrainerCallback):
@@ -171,19 +204,44 @@ def shifted(labels: Tensor) -> Tensor:
     return nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORED)
 
 
+def same_on_all_ranks_(model: nn.Module, args: SparseTrainingArguments) -> None:
+    """Give all ranks the first one's values: the others may have loaded none, to save memory before sharding."""
+    if args.world_size > 1:
+        for value in (*model.parameters(), *model.buffers()):
+            if not isinstance(value, DTensor):
+                value.data.copy_(from_first_rank(value.data.to(args.device)))
+
+
+def from_first_rank(x: Tensor) -> Tensor:
+    """Return what the first rank holds; where there is one alone, `x` itself."""
+    if torch.distributed.is_initialized():
+        x = x.contiguous()
+        torch.distributed.broadcast(x, src=0)
+    return x
+
+
+def is_complete(folder: Path) -> bool:
+    """Return whether this is a whole checkpoint of a run: the state of the trainer is written last."""
+    try:
+        return (folder / CONFIG_FILE).is_file() and bool(json.loads((folder / TRAINER_STATE_NAME).read_text()))
+    except (OSError, ValueError):
+        return False
+
+
 def last_checkpoint(output_dir: str | None) -> Path | None:
     """Return the newest complete checkpoint of a run."""
-    folders = Path(output_dir or ".").glob("checkpoint-*")
-    complete = [folder for folder in folders if (folder / CONFIG_FILE).is_file()]
+    complete = [folder for folder in Path(output_dir or ".").glob("checkpoint-*") if is_complete(folder)]
     return max(complete, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
 
 
 def check_resumes(folder: str | os.PathLike[str], now: dict[str, Any]) -> None:
-    """Raise CheckpointError unless the checkpoint was made with these arguments."""
-    path = Path(folder) / CONFIG_FILE
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing: this is no complete checkpoint of a sparsekit run")
-    then = json.loads(path.read_text())
+    """Raise CheckpointError unless the checkpoint is complete and was made with these arguments."""
+    if not is_complete(Path(folder)):
+        raise CheckpointError(
+            f"{folder} is no complete checkpoint of a sparsekit run: resume from another, or from the newest complete "
+            "one with resume_from_checkpoint=True"
+        )
+    then = json.loads((Path(folder) / CONFIG_FILE).read_text())
     differences = [
         f"{name} was {then.get(name)!r}, is {now.get(name)!r}"
         for name in sorted(then.keys() | now.keys())
