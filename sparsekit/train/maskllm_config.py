@@ -1,0 +1,115 @@
+"""Arguments of MaskLLM: N:M masks learnt end to end over frozen weights (arXiv 2409.17481)."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import nn
+
+from sparsekit.plan import Plan
+from sparsekit.registry import unknown
+from sparsekit.train.config import SparseTrainingArguments, check_not_negative, check_share
+from sparsekit.train.gumbel import candidates
+
+PRIORS = ("magnitude", "wanda", "sparsegpt", "ria", "alps")
+KD_KINDS = ("forward_kl", "reverse_kl")
+COSINE_TO_A_TENTH = ("cosine_with_min_lr", {"min_lr_rate": 0.1})
+
+
+@dataclass
+class MaskLLMConfig(SparseTrainingArguments):
+    """Arguments of `MaskLLMTrainer`; all of `transformers.TrainingArguments` is there as well.
+
+    Only logits of masks learn, 1.5 fp32 numbers a weight for 2:4; with their gradient and Adam's moments that is 24
+    bytes a weight beside the frozen ones. No second copy of the model is held, not even for distillation, whose teacher
+    has the very same weights.
+
+    Attributes:
+        prior: mask to lean to at first: the name of a one-shot method, or a `Plan`. Weights that the method would
+            update stay as they are.
+        prior_strength: how far logits stand above one another for each entry that candidate and prior have in common,
+            in units of `logit_std` (section 4.1: 3); 0 for no prior.
+        logit_std: standard deviation of the first logits.
+        kappa_start, kappa_end: factor of the logits, linear in the step (table 10: 100 to 500).
+        tau_start, tau_end: temperature of the soft masks, linear in the step (4 to 0.05).
+        energy_weight: of -sum ||mask * W||^2 in the loss, which keeps gradients from vanishing (eq. 9); falls linearly
+            to 0.
+        kd_weight: weight of the KL divergence from the dense model; 0 (the paper) trains on the text alone.
+        ce_weight: weight of the cross entropy with the text; None for 1 - kd_weight.
+        temperature: of the KL divergence; the loss is multiplied by its square.
+        kd_kind: "forward_kl" or "reverse_kl".
+        num_calibration_samples: samples of the training data for the prior.
+    """
+
+    method: ClassVar[str] = "maskllm"
+
+    prior: Any = "sparsegpt"
+    prior_strength: float = 3.0
+    logit_std: float = 0.01
+    kappa_start: float = 100.0
+    kappa_end: float = 500.0
+    tau_start: float = 4.0
+    tau_end: float = 0.05
+    energy_weight: float = 1e-5
+    kd_weight: float = 0.0
+    ce_weight: float | None = None
+    temperature: float = 2.0
+    kd_kind: str = "forward_kl"
+    num_calibration_samples: int = 128
+    learning_rate: float = field(default=5e-4)
+    lr_scheduler_type: str = field(default=COSINE_TO_A_TENTH[0])
+    warmup_steps: float = field(default=0)
+    weight_decay: float = field(default=0.1)
+    adam_epsilon: float = field(default=1e-5)
+    output_dir: str | None = field(default="maskllm-output")
+
+    def __post_init__(self) -> None:
+        if (self.lr_scheduler_type, self.lr_scheduler_kwargs) == (COSINE_TO_A_TENTH[0], None):
+            self.lr_scheduler_kwargs = dict(COSINE_TO_A_TENTH[1])
+        super().__post_init__()
+        candidates(self.parsed_pattern)
+        for name in ("kappa_start", "kappa_end", "tau_start", "tau_end", "logit_std", "temperature"):
+            value = getattr(self, name)
+            check_not_negative(name, value)
+            if value == 0:
+                raise ValueError(f"{name}=0 must be greater than 0, as {type(self).__dataclass_fields__[name].default}")
+        check_share("kd_weight", self.kd_weight)
+        if self.ce_weight is None:
+            self.ce_weight = 1 - self.kd_weight
+        for name in ("prior_strength", "energy_weight", "ce_weight"):
+            check_not_negative(name, getattr(self, name))
+        if self.kd_weight + self.ce_weight == 0:
+            raise ValueError("kd_weight and ce_weight are both 0: there is nothing to learn from")
+        if self.kd_kind not in KD_KINDS:
+            raise ValueError(unknown("kd_kind", self.kd_kind, list(KD_KINDS)))
+        if not isinstance(self.prior, Plan) and self.prior not in PRIORS:
+            raise ValueError(unknown("prior", self.prior, list(PRIORS)) + " A Plan will do, too.")
+        kwargs = self.gradient_checkpointing_kwargs
+        if self.gradient_checkpointing and isinstance(kwargs, dict) and kwargs.get("use_reentrant"):
+            raise ValueError(
+                "gradient_checkpointing_kwargs={'use_reentrant': True} gives frozen weights no gradient to pass on: "
+                "leave it out"
+            )
+
+    def train_(
+        self,
+        model: nn.Module,
+        dataset: Any,
+        tokenizer: Any = None,
+        *,
+        targets: Any = ("Linear",),
+        ignore: Any = ("lm_head",),
+        progress: bool = True,
+    ) -> Plan:
+        """Learn masks of `model` on `dataset`, zero what they remove, and return the plan; `sparsekit.prune_` calls it.
+
+        Whatever ends it early, the model is as it was; checkpoints stay in `output_dir`.
+        """
+        from sparsekit.train.maskllm_trainer import MaskLLMTrainer
+        from sparsekit.train.restore import restored_whole_on_failure
+
+        config = self.for_layers(targets, ignore)
+        config.disable_tqdm = config.disable_tqdm or not progress
+        with restored_whole_on_failure(model):
+            trainer = MaskLLMTrainer(model, config, dataset, processing_class=tokenizer)
+            trainer.train()
+            return trainer.plan()

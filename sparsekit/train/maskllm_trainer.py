@@ -1,0 +1,326 @@
+"""MaskLLM: learn which N of M weights stay, end to end, while all weights stay as they are (arXiv 2409.17481).
+
+During training each linear layer gives its place to a `DrawnMaskLinear`, which shares its weight and has the logits
+that learn; afterwards it comes back, with zeros where the likeliest candidates remove. The noise of a forward is made
+from (seed, rank, step, micro-step, layer) alone: no state to save, the same after a resume and in a forward that
+gradient checkpointing repeats; processes draw independently, and their gradients are averaged, which only makes more
+draws.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from sparsekit.errors import PatternError, Unsupported
+from sparsekit.masks import Mask
+from sparsekit.nn import SideLinear, replace_layer_
+from sparsekit.nn.side import _why_no_branch
+from sparsekit.plan import MadeBy, Plan
+from sparsekit.prune import prune_
+from sparsekit.targets import find_targets, set_weight_NK_, show_entries, weight_NK
+from sparsekit.train.data import IGNORED
+from sparsekit.train.distill import distillation_loss
+from sparsekit.train.gumbel import Draw, DrawnMaskLinear, initial_logits
+from sparsekit.train.maskllm_config import MaskLLMConfig
+from sparsekit.train.teachers import Teacher
+from sparsekit.train.trainer import SparseTrainer, shifted
+
+PRIOR_FILE = "prior.safetensors"
+"""In every checkpoint: the plan that logits leaned to at first, against which changes are counted."""
+
+
+class MaskLLMTrainer(SparseTrainer):
+    """Learns the N:M mask of a causal language model; see `MaskLLMConfig` for what can be chosen.
+
+    `train` returns with zeros in the model where the mask removes; all other weights are bit for bit what they were,
+    and so is the whole model where it fails. `plan()` gives the mask.
+
+    Args:
+        model: the dense model.
+        args: what to do.
+        train_dataset, eval_dataset: text, or tokens; see `sparsekit.train.data.training_samples`.
+        processing_class: tokenizer, for text.
+        **kwargs: of `transformers.Trainer`.
+    Attributes:
+        prior: the plan that the logits leaned to at first.
+    Raises:
+        ValueError: bad arguments or data, or a layer that can take no mask.
+    """
+
+    args: MaskLLMConfig
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: MaskLLMConfig,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        layers = find_targets(model, args.targets, args.ignore)
+        _refuse_unmaskable(layers)
+        super().__init__(model, args, train_dataset, eval_dataset, processing_class, **kwargs)
+        if args.n_gpu > 1 or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise Unsupported("masks are learnt on one device, or with one process a device: accelerate launch (DDP)")
+        self.layer_names = list(layers)
+        self.prior: Plan | None = None
+        self.teacher: Teacher | None = None
+        self._draw = Draw()
+        self._micro_step = 0
+        self._masked: dict[str, DrawnMaskLinear] = {}
+        self._dense_energy = 0.0
+        self._plan: Plan | None = None
+        self.add_callback(_StepBegin(self))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; as `SparseTrainer.train`. The layers are plain again afterwards, whatever happens."""
+        model = self.accelerator.unwrap_model(self.model)
+        wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+        places = _places(model, self.layer_names)
+        layers = {name: model.get_submodule(name) for name in self.layer_names}
+        try:
+            result = super().train(*args, **kwargs)
+            self._plan = self._plan_of_masks()
+        finally:
+            self.teacher, self._masked = None, {}
+            for name, layer in layers.items():
+                layer.train(model.training)
+                for place in places[name]:
+                    replace_layer_(model, place, layer)
+            for parameter, requires_grad in wanted.items():
+                parameter.requires_grad_(requires_grad)
+        for name, mask in self._plan.masks.items():
+            w_NK = weight_NK(layers[name])
+            w_NK.masked_fill_(~mask.keep.to(w_NK.device), 0)
+        return result
+
+    # --- before the first step -------------------------------------------------------------------------------------
+
+    def _before_training(self, checkpoint: str | None) -> None:
+        """Put logits into the model; a resumed run reads them from its checkpoint later."""
+        args, model = self.args, self.accelerator.unwrap_model(self.model)
+        layers = {name: model.get_submodule(name) for name in self.layer_names}
+        if checkpoint is not None:
+            self.prior = Plan.load(Path(checkpoint) / PRIOR_FILE)
+        elif isinstance(args.prior, Plan):
+            self.prior = _checked(args.prior, layers, args.pattern)
+        else:
+            self.prior = self._prune_once(model, layers)
+        model.requires_grad_(False)
+        if args.kd_weight > 0:
+            self.teacher = Teacher(_twin(model))
+        generator = torch.Generator().manual_seed(args.seed)
+        for index, (name, mask) in enumerate(self.prior.masks.items()):
+            logits = initial_logits(
+                mask.keep,
+                args.parsed_pattern,
+                std=args.logit_std,
+                strength=args.prior_strength,
+                generator=generator,
+            )
+            masked = DrawnMaskLinear(layers[name], logits, args.parsed_pattern, self._draw, index)
+            for place in _places(model, [name])[name]:
+                replace_layer_(model, place, masked)
+            self._masked[name] = masked
+        self._dense_energy = sum(float(layer.weight.float().square().sum()) for layer in self._masked.values())
+
+    def _prune_once(self, model: nn.Module, layers: dict[str, nn.Module]) -> Plan:
+        """Return the plan of a one-shot method; weights stay as they are."""
+        dense = {name: weight_NK(layer).to("cpu", copy=True) for name, layer in layers.items()}
+        try:
+            return prune_(
+                model,
+                self.args.prior,
+                dataset=None if self.args.prior == "magnitude" else self._calibration(),
+                targets=self.args.targets,
+                ignore=self.args.ignore,
+                num_calibration_samples=self.args.num_calibration_samples,
+                seed=self.args.seed,
+                progress=not self.args.disable_tqdm,
+            )
+        finally:
+            for name, w_NK in dense.items():
+                set_weight_NK_(layers[name], w_NK)
+
+    def _calibration(self) -> list[Tensor]:
+        samples = self.train_samples
+        if samples is None:
+            raise ValueError("train_dataset is missing: training needs data")
+        generator = torch.Generator().manual_seed(self.args.seed)
+        chosen = torch.randperm(len(samples), generator=generator)[: self.args.num_calibration_samples].tolist()
+        return [samples[index]["input_ids"][None] for index in chosen]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        args = self.args
+        self.optimizer = torch.optim.AdamW(
+            [layer.mask_logits for layer in self._masked.values()],
+            lr=args.learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+            weight_decay=args.weight_decay,
+            fused=True,
+        )
+        return self.optimizer
+
+    # --- steps -----------------------------------------------------------------------------------------------------
+
+    def begin_step(self) -> None:
+        """Set what this optimizer step draws with."""
+        args, done = self.args, self._done
+        self._draw.kappa = args.kappa_start + (args.kappa_end - args.kappa_start) * done
+        self._draw.tau = args.tau_start + (args.tau_end - args.tau_start) * done
+        self._micro_step = 0
+
+    @property
+    def _done(self) -> float:
+        """Share of the steps that lie behind: 0 in the first step, 1 in the last."""
+        return self.state.global_step / max(self.state.max_steps - 1, 1)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        args, learns = self.args, model.training
+        labels = shifted(inputs["labels"])
+        batch = {key: value for key, value in inputs.items() if key != "labels"}
+        taught = None
+        if learns:
+            self._draw.key = (args.seed, args.process_index, self.state.global_step, self._micro_step)
+            self._micro_step += 1
+            if self.teacher is not None:
+                with self.accelerator.autocast():
+                    taught = self.teacher.outputs(batch)
+        outputs = model(**batch, use_cache=False)
+        loss = distillation_loss(
+            outputs.logits,
+            taught,
+            labels,
+            kd_weight=args.kd_weight if learns else 0.0,
+            ce_weight=float(args.ce_weight or 0.0) if learns else 1.0,
+            temperature=args.temperature,
+            kind=args.kd_kind,
+            num_items=num_items_in_batch,
+        )
+        total = loss.total
+        if learns:
+            # The loss is a share of the step's; the log shows means over this batch's own tokens.
+            share = 1.0 if num_items_in_batch is None else (labels != IGNORED).sum() / num_items_in_batch
+            energy = self._energy(total)
+            parts = {"ce_loss": loss.ce / share, "kept_energy": energy / max(self._dense_energy, 1e-300)}
+            self.note_losses(**parts | ({"kd_loss": loss.kd / share} if self.teacher is not None else {}))
+            # Its gradient alone: its size says nothing, and it falls away, so that losses would not compare.
+            total = total - args.energy_weight * (1 - self._done) * share * (energy - energy.detach())
+        if num_items_in_batch is not None and args.average_tokens_across_devices and args.world_size > 1:
+            total = total * self.accelerator.num_processes
+        return (total, outputs) if return_outputs else total
+
+    def _energy(self, like: Tensor) -> Tensor:
+        """Return sum (mask * W)^2 over the layers that the last forward went through."""
+        energies = [layer.take_energy() for layer in self._masked.values()]
+        on_device = [energy.to(like.device) for energy in energies if energy is not None]
+        return torch.stack(on_device).sum() if on_device else like.new_zeros(())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._masked:
+            logs |= {"kappa": self._draw.kappa, "tau": self._draw.tau} | self.mask_statistics()
+        super().log(logs, start_time)
+
+    def mask_statistics(self) -> dict[str, float]:
+        """Return `changed_groups`, the share of groups whose likeliest candidate is not the prior's, and
+        `mask_probability`, the mean probability of the likeliest candidate."""
+        assert self.prior is not None
+        changed, confident, groups = 0.0, 0.0, 0
+        m = self.args.parsed_pattern.m
+        for name, layer in self._masked.items():
+            keep = layer.keep()
+            other = keep ^ self.prior.masks[name].to(keep.device).keep
+            confidence = layer.confidence(self._draw.kappa)
+            padded = nn.functional.pad(other, (0, -other.shape[1] % m))
+            changed += float(padded.view(*confidence.shape, m).any(dim=-1).sum())
+            confident += float(confidence.double().sum())
+            groups += confidence.numel()
+        return {"changed_groups": changed / max(groups, 1), "mask_probability": confident / max(groups, 1)}
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save as `Trainer` does; while masks learn, with the prior, for whoever resumes."""
+        super().save_model(output_dir, _internal_call)
+        if self._masked and self.prior is not None and self.args.should_save:
+            self.prior.save(Path(output_dir or self.args.output_dir or ".") / PRIOR_FILE)
+
+    # --- after the last step ---------------------------------------------------------------------------------------
+
+    def plan(self) -> Plan:
+        """Return the masks, as they are now or as they were at the end of training.
+
+        Raises:
+            ValueError: training has not begun.
+        """
+        if self._masked:
+            return self._plan_of_masks()
+        if self._plan is None:
+            raise ValueError("there is no mask yet: call train() first")
+        return self._plan
+
+    def _plan_of_masks(self) -> Plan:
+        assert self.prior is not None
+        args = self.args
+        made_by = MadeBy(
+            method=args.method,
+            config=args.own_fields(),
+            seed=args.seed,
+            targets=show_entries(args.targets),
+            ignore=show_entries(args.ignore),
+        )
+        masks = {name: Mask(args.pattern, layer.keep().cpu()) for name, layer in self._masked.items()}
+        return Plan(masks, made_by, notes=list(self.prior.notes))
+
+
+class _StepBegin(TrainerCallback):
+    """Tells the trainer that an optimizer step begins."""
+
+    def __init__(self, trainer: MaskLLMTrainer) -> None:
+        self._trainer = trainer
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.begin_step()
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """Return a copy of the model's modules that has the same tensors."""
+    shared: list[Tensor] = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+
+
+def _places(model: nn.Module, names: list[str]) -> dict[str, list[str]]:
+    """Return all names that the modules of these names have, for one may stand in several places."""
+    modules = [(place, module) for place, module in model.named_modules(remove_duplicate=False)]
+    return {name: [place for place, module in modules if module is model.get_submodule(name)] for name in names}
+
+
+def _checked(prior: Plan, layers: dict[str, nn.Module], pattern: str) -> Plan:
+    """Return the part of a plan that concerns these layers after holding it against them."""
+    masks: dict[str, Mask] = {}
+    for name, layer in layers.items():
+        shape = tuple(weight_NK(layer).shape)
+        if name not in prior.masks:
+            raise ValueError(f"prior: the plan has no mask for {name}: make it with the same targets and ignore")
+        if prior.masks[name].shape != shape:
+            raise ValueError(f"prior: the plan's mask of {name} is {prior.masks[name].shape}, the weight {shape}")
+        try:
+            masks[name] = Mask(pattern, prior.masks[name].keep)
+        except PatternError as error:
+            raise PatternError(f"prior: the plan's mask of {name} does not fit: {error}") from None
+    return Plan(masks, prior.made_by)
+
+
+def _refuse_unmaskable(layers: dict[str, nn.Module]) -> None:
+    for name, layer in layers.items():
+        reason = "it has a side branch" if isinstance(layer, SideLinear) else _why_no_branch(layer)
+        if reason is not None:
+            raise ValueError(
+                f"{name}, a {type(layer).__name__}, can take no learnt mask: {reason}. Add {name!r} to ignore"
+            )
