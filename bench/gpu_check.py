@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from gpu_kernels import BLOCK_FORMATS, FORMATS, WAYS, Prepared, Way, Weight, mma_kernel, pack, random24, random_blocks
 from gpu_machine import Machine, capture, open_machine, say
+from kd_loss import cases as kd_cases
+from kd_loss import wrong as kd_wrong
 from sparsekit_kernels import compress24, cusparselt, fragments24, layout24, layout_block, spmm24, spmm24_mma
 from sparsekit_kernels.quant import dequantize24
 from sparsekit_kernels.quantize_tokens import quantize_tokens
@@ -390,6 +392,8 @@ def main() -> int:
     else:
         tally = check(units(small), small, machine)
     check_refusals(tally, machine)
+    for case in kd_cases()[: 6 if small else None]:
+        tally.attempt("kd_loss", str(case), lambda c=case: (kd_wrong(*c, machine.device), 0.0))
     for family, tried in sorted(tally.tried.items()):
         failures = [failure for failure in tally.failures if failure.startswith(f"{family} ")]
         worst = tally.worst[family]

@@ -17,6 +17,7 @@ from sparsekit_kernels import (
     compress24,
     cusparselt,
     fragments24,
+    kd_loss,
     layout24,
     layout_block,
     spmm24,
@@ -25,6 +26,7 @@ from sparsekit_kernels import (
     target,
 )
 from sparsekit_kernels.quant import GRIDS, dequantize24
+from sparsekit_kernels.reference import kd_loss_reference
 from torch import Tensor
 
 from sparsekit import NM
@@ -47,6 +49,7 @@ def install() -> None:
     _replace(cusparselt, "restore", lambda a: layout24.compress24(a["packed"]))
     _replace(cusparselt, "spmm24", lambda a: F.linear(a["x"], a["packed"], a["bias"]))
     _replace(spmm_block, "spmm_block", _block)
+    _replace(kd_loss, "kd_loss", lambda a: kd_loss_reference(**a))
     _replace(spmm24_mma, "decompress", _decompress)
     for format in gpu_kernels.FORMATS:
         _replace(spmm24_mma, format.replace("semi24", "spmm24"), _mma(format))

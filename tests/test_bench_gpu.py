@@ -198,7 +198,7 @@ DRY_RUN = """
 import os, sys
 import torch
 torch.set_num_threads(1)
-import gpu_check, gpu_tune, gpu_bench, gpu_e2e, gpu_dry
+import gpu_check, gpu_tune, gpu_bench, gpu_e2e, gpu_dry, kd_loss
 
 def stage(module, *words):
     sys.argv = [module.__file__, "--dry-run", *words]
@@ -210,6 +210,7 @@ bf16 = gpu_check.units(True)[1:7]  # packers, formats and blocks of one shape
 gpu_check.units = lambda small: bf16
 stage(gpu_e2e, "--formats", "semi24", "--no-compile")
 stage(gpu_check, "--workers", "1")
+stage(kd_loss, "--vocabularies", "32000")
 stage(gpu_tune, "--layers", "8B o", "--cache", os.environ["OUT"] + "/cache")
 stage(gpu_bench, "decode", "prefill", "--layers", "8B o")
 
@@ -236,6 +237,7 @@ def test_every_stage_runs_dry(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "dry-run.jsonl").read_text().splitlines()]
     benchmarks = {row["benchmark"] for row in rows}
     assert benchmarks >= {"gpu_check", "gpu_tune", "gpu_tune_block", "gpu_bench", "gpu_e2e_decode", "gpu_e2e_prefill"}
+    assert {row["way"] for row in rows if row["benchmark"] == "kd_loss"} == {"kernel", "torch", "autograd"}
     assert all(row["command"] and row["torch"] and row["time"] and row["dry_run"] for row in rows)
     assert not [row for row in rows if row["benchmark"] == "gpu_check" and row["failed"]]
     formats = {row["format"] for row in rows if row["benchmark"] == "gpu_bench"}

@@ -79,15 +79,10 @@ def test_the_head_computes_under_the_autocast_of_its_body(llama):
 
 
 def test_another_way_to_logits_is_noticed_and_said(llama):
-    class Shifted(nn.Linear):
-        def forward(self, x):
-            return super().forward(x) if x.shape[1] > 1 else super().forward(x) + 1
-
-    llama.lm_head.__class__ = Shifted  # gives the sliced call other logits than the whole
-    teacher, batch = Teacher(llama), {"input_ids": tokens(2, 9)}
+    batch = {"input_ids": tokens(2, 9)}
+    llama.config.final_logit_softcapping = 0.01  # a setting that the model does not follow
+    teacher = Teacher(llama)
     with pytest.warns(UserWarning, match="LlamaForCausalLM makes its logits in a way of its own"):
-        llama.config.final_logit_softcapping = 0.01  # a setting that the model does not follow
-        teacher = Teacher(llama)
         output = teacher.outputs(batch)
     assert torch.equal(output, llama(**batch).logits)
     with warnings.catch_warnings():
