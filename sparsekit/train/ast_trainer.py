@@ -198,6 +198,7 @@ class ASTTrainer(SparseTrainer):
                 hysteresis=args.hysteresis,
                 keep=self._first_keep,
             )
+            self._first_keep = {}  # the optimizer gives each up as it takes it
         return self.optimizer
 
     def _parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:

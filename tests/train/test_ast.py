@@ -1,6 +1,7 @@
 """AST as a whole: the run of the definition in float64, masks at any time, starts, branches, and what is refused."""
 
 import copy
+import gc
 import json
 import math
 
@@ -339,6 +340,36 @@ def test_export_is_the_trained_model(llama, tokens, ast, tmp_path):
     before = logits_of(model, ids)
     sk.apply_(model, plan)
     assert torch.equal(logits_of(model, ids), before)
+
+
+def held_bytes():
+    """Bytes of all tensors alive, each storage once."""
+    gc.collect()
+    tensors = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor)]
+    return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nothing_of_the_models_size_is_held_beside_teacher_and_optimizer(llama, tokens, ast, dtype):
+    """Between two steps: the student, the teacher, and what the optimizer's text names, to a hundredth of the model."""
+    found = []
+
+    class Weighing(ASTTrainer):
+        def _after_step(self):
+            super()._after_step()
+            self.model.zero_grad()
+            found.append(held_bytes())
+
+    before = held_bytes()
+    model = llama(dtype, hidden_size=192, intermediate_size=320)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    masked = sum(layer.weight.numel() for layer in masked_layers(model).values())
+    Weighing(model, ast(max_steps=3, start="sparsegpt"), tokens()).train()
+    itemsize = dtype.itemsize
+    dense = masked if itemsize == 4 else size
+    expected = 2 * size * itemsize + 4 * dense + masked + 8 * size
+    for bytes_held in found:
+        assert abs(bytes_held - before - expected) < 0.01 * 4 * size
 
 
 @pytest.mark.parametrize("loaded,bf16", [(torch.float32, True), (torch.bfloat16, False), (torch.bfloat16, True)])
