@@ -166,11 +166,11 @@ def _refuse_to_repack(packed: Mapping[str, SparseLinear], format: str, backend: 
 
 @dataclass(frozen=True)
 class _Replaced:
-    """A layer whose place has been taken. Weak, so that its dense weight is freed unless somebody else holds it."""
+    """A layer whose place has been taken. Weak, so that its parameters are freed unless somebody else holds them."""
 
     name: str
     layer: weakref.ref[nn.Module]
-    weight: weakref.ref[Tensor]
+    parameters: dict[str, weakref.ref[nn.Parameter]]
     sparse: SparseLinear
 
 
@@ -190,7 +190,8 @@ def _pack_layer(
         sparse = SparseLinear.from_linear(layer, format, backend, scales, prefill)
     except (ValueError, Unsupported) as error:
         raise type(error)(f"{name}: {error}") from None
-    replaced.append(_Replaced(name, weakref.ref(layer), weakref.ref(layer.get_parameter("weight")), sparse))
+    parameters = {key: weakref.ref(parameter) for key, parameter in layer.named_parameters(recurse=False)}
+    replaced.append(_Replaced(name, weakref.ref(layer), parameters, sparse))
     replace_layer_(model, name, sparse)
 
 
@@ -271,9 +272,9 @@ def _put_back(model: nn.Module, replaced: list[_Replaced]) -> None:
         layer = entry.layer()
         if layer is None:
             layer = dense_layer(entry.sparse)
-            weight = entry.weight()
-            if isinstance(weight, nn.Parameter):
-                layer.weight = weight
+            for key, known in entry.parameters.items():
+                if (parameter := known()) is not None:
+                    setattr(layer, key, parameter)
         if model.get_submodule(entry.name) is not layer:
             replace_layer_(model, entry.name, layer)
     disband_broken_groups_(model)

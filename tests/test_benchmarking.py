@@ -36,7 +36,8 @@ from sparsekit.benchmarking.models import _reason, verdict
 from sparsekit.benchmarking.timing import noise_notes
 from sparsekit.errors import SparsekitError, Unsupported
 from sparsekit.formats import FORMATS, WeightSpec
-from sparsekit.nn import sparse_layers
+from sparsekit.nn import SideLinear, sparse_layers
+from sparsekit.nn.side_columns import SideColumns
 
 QUICK = {"prompt_length": 8, "new_tokens": 3, "rounds": 1, "progress": False}
 
@@ -161,6 +162,35 @@ def test_pairs_hold_the_same_weight_in_every_format(format, dtype):
     for one, other in zip(dense, sparse, strict=True):
         assert other.format == format and torch.equal(one.weight, other.to_dense())
     assert len({layer.weight.data_ptr() for layer in dense}) == len(dense)
+
+
+@pytest.mark.parametrize("format", ["semi24", "semi24_int4"])
+@pytest.mark.parametrize("has_X", [False, True])
+def test_a_pair_with_a_branch_has_one_answer(format, has_X):
+    side = SideColumns(66, 5, 16, has_X)
+    dense, sparse = build_pair(LayerShape("q", 70, 66, format=format, side=side), torch.float32, backend="reference")
+    assert type(dense[0]) is nn.Linear and sparse[0].side == side
+    plain, _ = build_pair(LayerShape("q", 70, 66, format=format), torch.float32, backend="reference")
+    assert not torch.equal(dense[0].weight, plain[0].weight), "the branch adds something"
+    x = torch.randn(7, 66)
+    torch.testing.assert_close(sparse[0](x), dense[0](x), rtol=1e-4, atol=1e-4)
+    assert list(measure_shapes([LayerShape("q", 70, 66, side=side)], [3], torch.float32, max_seconds=0.01))
+
+
+def test_a_model_with_branches_against_its_dense_twin():
+    from tests.test_checkpoint import tiny, with_branches
+
+    model = sk.pack_(with_branches(tiny()))
+    twin = dense_twin(model)
+    kinds = {type(module) for module in twin.modules()}
+    assert nn.Linear in kinds and not kinds & {SideLinear, sk.SparseLinear}
+    report = sk.benchmark(model, prompt_length=8, new_tokens=2, rounds=1, progress=False)
+    assert report.ok, report.notes
+    layers = sparse_layers(model).values()
+    assert report.summary["pruned weights, bytes"] == sum(layer.packed_bytes() for layer in layers)
+    assert report.summary["pruned weights, bytes dense"] == sum(
+        4 * layer.out_features * layer.in_features for layer in layers
+    )
 
 
 def test_build_pair_refuses_what_memory_does_not_hold(monkeypatch):

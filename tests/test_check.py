@@ -11,6 +11,7 @@ from sparsekit import SparseLinear
 from sparsekit.backends import BACKENDS
 from sparsekit.check import sparsity_of
 from sparsekit.nn import sparse_layers
+from sparsekit.plan import SideBranch
 
 
 def mlp(dtype=torch.float32):
@@ -61,6 +62,38 @@ class TestCheck:
         assert {row["format"] for row in report.rows} == {"semi24" if packed else "dense"}
         assert bytes_line == f"{held:,} of {4 * total:,} dense ({held / (4 * total):.3f})"
         assert any("no layer is packed" in note for note in report.notes) is not packed
+
+    @pytest.mark.parametrize("rank", [None, 2])
+    def test_a_branch_is_no_sparsity_and_costs_bytes(self, rank):
+        model, plan = pruned("2:4")
+        plain = {row["layer"]: row for row in sk.check(model, plan).rows}
+        for name, mask in plan.masks.items():
+            N, K = mask.shape
+            S = torch.ones(N, rank or -(-K // 16))
+            plan.side[name] = SideBranch(S, torch.ones(rank, K) if rank else None, 16)
+        lacking = sk.check(model, plan)
+        assert not lacking.ok and "0 lacks the side branch of the plan: call sparsekit.apply_" in lacking.notes[0]
+        sk.apply_(model, plan)
+        for packed in (False, True):
+            report = sk.check(sk.pack_(model) if packed else model, plan)
+            assert report.ok
+            zeros = total = held = 0
+            for row in report.rows:
+                (N, K), branch = plan.masks[row["layer"]].shape, plan.side[row["layer"]]
+                module = model.get_submodule(row["layer"])
+                own = [*module.prepared, *module.side_tensors().values()] if packed else module.parameters()
+                num_bytes = sum(t.nbytes for t in own if packed or t.dim() == 2)
+                assert row["side"] == branch.num_numbers and row["bytes"] == num_bytes
+                assert row["bits a weight"] == round(8 * num_bytes / (N * K), 3)
+                density = 1 - plain[row["layer"]]["sparsity"] + branch.num_numbers / (N * K)
+                assert row["sparsity"] == pytest.approx(1 - density, abs=2e-4)
+                assert row["asked"] == plain[row["layer"]]["asked"] and row["dense bytes"] == 4 * N * K
+                zeros, total, held = zeros + row["sparsity"] * N * K, total + N * K, held + num_bytes
+            assert report.summary["sparsity of the sparse layers"] == pytest.approx(zeros / total, abs=1e-3)
+            assert report.numbers["bits_a_weight"] == 8 * held / total
+        assert all("with a side branch of rank" in row["weight"] for row in sk.explain(model).rows)
+        (sk.unpack_(model)[0]).side_S.data[0, 0] = float("inf")
+        assert "0 holds NaN or infinity" in sk.check(model).notes
 
     def test_a_dense_model_is_fine_and_said_to_be_dense(self):
         report = sk.check(mlp())

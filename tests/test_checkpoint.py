@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 import sparsekit as sk
 from sparsekit import CheckpointError
-from sparsekit.nn import sparse_layers
+from sparsekit.nn import SideLinear, merge_side_, side_layers, sparse_layers
+from sparsekit.plan import Plan, SideBranch
 
 REPOSITORY = Path(__file__).parents[1]
 IDS = torch.arange(12).view(2, 6)
@@ -441,6 +442,142 @@ class TestDamageWithoutManifest:
         from transformers import AutoModelForCausalLM
 
         return sk.load(folder) if loader == "sparsekit" else AutoModelForCausalLM.from_pretrained(folder)
+
+
+def with_branches(model, rank=None, group=16):
+    """The pruned model with random branches beside all that is pruned."""
+    plan, generator = sk.prune_(model, "magnitude", progress=False), torch.Generator().manual_seed(0)
+    for name, mask in plan.masks.items():
+        N, K = mask.shape
+        S = torch.randn(N, rank or -(-K // group), generator=generator) / 10
+        X = torch.randn(rank, K, generator=generator) / 3 if rank else None
+        plan.side[name] = SideBranch(S, X, group)
+    return sk.apply_(model, Plan(plan.masks, side=plan.side))
+
+
+def all_parts_of(model):
+    return parts_of(model) | {
+        (name, part): tensor.clone()
+        for name, layer in sparse_layers(model).items()
+        for part, tensor in layer.side_tensors().items()
+    }
+
+
+def equal_parts(model, other):
+    ours, theirs = all_parts_of(model), all_parts_of(other)
+    return ours.keys() == theirs.keys() and all(
+        torch.equal(part, theirs[key]) if isinstance(part, torch.Tensor) else part == theirs[key]
+        for key, part in ours.items()
+    )
+
+
+class TestSideBranches:
+    @pytest.mark.parametrize("rank", [None, 3])
+    @pytest.mark.parametrize("family", ["llama", "gpt2"])
+    @pytest.mark.parametrize("format", ["semi24", "semi24_int8", "semi24_int4"])
+    def test_packed(self, format, family, rank, tmp_path):
+        from transformers import AutoModelForCausalLM
+
+        model = sk.pack_(with_branches(tiny(family, torch.bfloat16), rank), format)
+        sk.save(model, tmp_path / "a")
+        model.save_pretrained(tmp_path / "b")
+        manifest = json.loads((tmp_path / "a/sparsekit.json").read_text())
+        config = json.loads((tmp_path / "b/config.json").read_text())["quantization_config"]
+        assert manifest["layout_version"] == config["layout_version"] == 2
+        for again in (sk.load(tmp_path / "a"), AutoModelForCausalLM.from_pretrained(tmp_path / "b")):
+            assert equal_parts(again, model) and torch.equal(logits(again), logits(model))
+            unpacked = sk.unpack_(again)
+            assert side_layers(unpacked).keys() == sparse_layers(model).keys()
+            assert all(
+                layer.branch == sparse_layers(model)[name].side_branch()
+                for name, layer in side_layers(unpacked).items()
+            )
+        stored = sum(
+            tensor.nbytes
+            for layer in sparse_layers(model).values()
+            for tensor in (*layer.packed().tensors.values(), *layer.side_tensors().values())
+        )
+        num_weights = sum(layer.in_features * layer.out_features for layer in sparse_layers(model).values())
+        card = (tmp_path / "a/README.md").read_text()
+        assert f", {8 * stored / num_weights:.3g} bits for each dense weight." in card
+        assert f"{len(sparse_layers(model))} of them have a low-rank side branch" in card
+        on_disk = load_file(tmp_path / "a/model.safetensors")
+        packed_keys = [
+            key for key in on_disk if key.rpartition(".")[2] in ("values", "meta", "scales", "side_X", "side_scale")
+        ]
+        assert sum(on_disk[key].nbytes for key in packed_keys) == stored
+
+    def test_plain_layers_stay_readable_by_what_knows_no_branches(self, packed):
+        _, folder = packed
+        assert json.loads((folder / "config.json").read_text())["quantization_config"]["layout_version"] == 1
+        assert json.loads((folder / "sparsekit.json").read_text())["layout_version"] == 1
+        assert "side branch" not in (folder / "README.md").read_text()
+
+    def test_a_module_that_is_no_transformers_model(self, tmp_path):
+        def module(seed):
+            torch.manual_seed(seed)
+            return prune24_(nn.Sequential(nn.Linear(20, 36), nn.ReLU(), nn.Linear(36, 8)))
+
+        model, x = sk.pack_(with_branches(module(0), group=8), "semi24_int8"), torch.randn(3, 20)
+        sk.save(model, tmp_path / "m")
+        again = sk.load(tmp_path / "m", model=module(1))
+        assert equal_parts(again, model) and torch.equal(again(x), model(x))
+
+    @pytest.mark.parametrize("form", ["applied", "packed", "half packed"])
+    def test_what_would_lose_the_branches_is_refused(self, form, tmp_path):
+        model = with_branches(tiny())
+        if form != "applied":
+            names = list(side_layers(model))
+            sk.pack_(model, layers=names if form == "packed" else names[:3])
+        with pytest.raises(ValueError, match=r"have a side branch, as model.*sparsekit.pack_.*merge_side_"):
+            sk.save(model, tmp_path / "m", packed=form == "half packed")
+        assert not (tmp_path / "m").exists()
+
+    def test_the_remedies_hold(self, tmp_path):
+        model = sk.pack_(with_branches(tiny()))
+        expected = logits(model)
+        sk.unpack_(model)
+        with pytest.warns(UserWarning, match="14 layers are dense again"):
+            merge_side_(model)
+        sk.save(model, tmp_path / "m", packed=False)
+        torch.testing.assert_close(logits(sk.load(tmp_path / "m")), expected, rtol=1e-4, atol=1e-5)
+        assert not any(isinstance(module, SideLinear) for module in model.modules())
+
+    @pytest.mark.parametrize(
+        "change,message",
+        [
+            (lambda layer: layer.update(side={"rank": 2}), "side=.* describes no branch of 64 features"),
+            (lambda layer: layer["side"].update(rank=3), "describes no branch of 64 features"),
+            (lambda layer: layer["side"].update(group=0), "describes no branch of 64 features"),
+            (lambda layer: layer["side"].update(rank=40, group=1), "describes no branch of 64 features"),
+            (lambda layer: layer.update(format="block"), "NAME: block holds no side branch"),
+        ],
+    )
+    def test_a_damaged_description_is_named(self, change, message, tmp_path):
+        model = sk.pack_(with_branches(tiny()))
+        model.save_pretrained(tmp_path / "m")
+        config = json.loads((tmp_path / "m/config.json").read_text())
+        name = next(iter(config["quantization_config"]["layers"]))
+        change(config["quantization_config"]["layers"][name])
+        (tmp_path / "m/config.json").write_text(json.dumps(config))
+        with pytest.raises(CheckpointError, match=message.replace("NAME", name)):
+            sk.load(tmp_path / "m")
+
+    @pytest.mark.parametrize("part", ["side_X", "side_scale"])
+    def test_a_missing_or_damaged_part_is_named(self, part, tmp_path):
+        model = sk.pack_(with_branches(tiny(), rank=3), "semi24_int8")
+        for damage in ("gone", "nan"):
+            model.save_pretrained(tmp_path / "m")
+            state = load_file(tmp_path / "m/model.safetensors")
+            key = next(key for key in state if key.endswith(part))
+            if damage == "gone":
+                del state[key]
+            else:
+                state[key].fill_(float("nan"))
+            save_file(state, tmp_path / "m/model.safetensors", metadata={"format": "pt"})
+            wanted = f"{key} is missing" if damage == "gone" else f"{key.rpartition('.')[0]}: {part} holds NaN"
+            with pytest.raises(CheckpointError, match=wanted):
+                sk.load(tmp_path / "m")
 
 
 class TestTheDisk:

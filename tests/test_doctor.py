@@ -119,6 +119,20 @@ def test_packed_checkpoints_are_measured_in_their_own_format(form, where, tmp_pa
     assert {row["format"] for row in asked_for.rows} == {"semi24"}
 
 
+def test_layers_with_a_branch_are_measured_with_it(tmp_path, monkeypatch):
+    from tests.test_checkpoint import tiny, with_branches
+
+    model = sk.pack_(with_branches(tiny()), "semi24_int4", "reference")
+    sk.save(model, tmp_path)
+    for source in (model, tmp_path):
+        seen = []
+        monkeypatch.setattr(doctor_module, "measure_shapes", lambda shapes, *_, **__: seen.extend(shapes) or [])  # noqa: B023
+        doctor(source, **QUICK)
+        assert sum(shape.count for shape in seen) == 14
+        assert {shape.side for shape in seen} == {layer.side for layer in sparse_layers(model).values()}
+        assert {shape.in_features for shape in seen} == {32, 64}
+
+
 def test_blocks_are_timed_at_the_density_they_have(monkeypatch):
     seen = []
     monkeypatch.setattr(doctor_module, "measure_shapes", lambda shapes, *_, **__: seen.extend(shapes) or [])

@@ -15,7 +15,8 @@ from sparsekit import NonFiniteError, PatternError, SparseLinear, Unsupported
 from sparsekit import pack as pack_module
 from sparsekit.backends import BACKENDS, Backend, Runner
 from sparsekit.backends.reference import ReferenceRunner
-from sparsekit.nn import sparse_layers
+from sparsekit.nn import install_side_, sparse_layers
+from sparsekit.plan import SideBranch
 
 
 def prune24_(model):
@@ -314,6 +315,19 @@ class TestRollback:
         assert_same_state(model, before)
         sk.pack_(model)  # and it can be packed afterwards
         assert sparse_layers(model)
+
+    @pytest.mark.parametrize("format", ["semi24", "semi24_int4"])
+    def test_branches_are_the_very_same_parameters_where_somebody_holds_them(self, monkeypatch, format):
+        model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(4)))
+        prune24_(model)
+        for name in "0123":
+            install_side_(model, name, SideBranch(torch.randn(32, 2)))
+        before, held = state_of(model), dict(model.named_parameters())
+        monkeypatch.setattr(pack_module, "describe_packed_", lambda model: 1 / 0 if sparse_layers(model) else None)
+        with pytest.raises(ZeroDivisionError):
+            sk.pack_(model, format)
+        assert_same_state(model, before)
+        assert all(parameter is held[name] for name, parameter in model.named_parameters())
 
     def test_what_was_packed_before_stays_packed(self, monkeypatch):
         model = tiny("llama")

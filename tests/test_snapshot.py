@@ -7,7 +7,8 @@ import torch
 import torch.nn as nn
 
 import sparsekit as sk
-from sparsekit.nn import sparse_layers
+from sparsekit.nn import SideLinear, install_side_, sparse_layers
+from sparsekit.plan import SideBranch
 from sparsekit.snapshot import restored_on_failure
 
 
@@ -114,9 +115,9 @@ def test_the_copy_is_a_copy():
     model = mlp()
     with restored_on_failure(model) as snapshot:
         snapshot.remember("0")
-        kept = copy.deepcopy(snapshot._weights["0"])
+        kept = copy.deepcopy(snapshot._parameters["0"]["weight"])
         model[0].weight.data.add_(1)
-        assert torch.equal(snapshot._weights["0"], kept)
+        assert torch.equal(snapshot._parameters["0"]["weight"], kept)
 
 
 def test_conv1d():
@@ -130,3 +131,19 @@ def test_conv1d():
         sk.pack_(model)
         raise KeyboardInterrupt
     assert same(model, before) and type(model[0]) is Conv1D
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_branches_put_there_since_are_taken_away(packed):
+    model = sk.apply_(mlp(), sk.prune_(mlp(), "magnitude", progress=False))
+    install_side_(model, "2", SideBranch(torch.ones(32, 4)))
+    before, weight = state_of(model), model[0].weight
+    with pytest.raises(KeyboardInterrupt), restored_on_failure(model) as snapshot:
+        snapshot.remember("0")
+        install_side_(model, "0", SideBranch(torch.ones(64, 2)))
+        model[0].weight.data.mul_(2)
+        if packed:
+            sk.pack_(model)
+        raise KeyboardInterrupt
+    assert type(model[0]) is nn.Linear and isinstance(model[2], SideLinear), "the branch from before stays"
+    assert same(model, before) and (packed or model[0].weight is weight)

@@ -1,4 +1,5 @@
 import copy
+import warnings
 
 import pytest
 import torch
@@ -7,7 +8,8 @@ from torch import nn
 from sparsekit.errors import Unsupported
 from sparsekit.masks import Mask
 from sparsekit.methods import Magnitude, SparseGPT
-from sparsekit.plan import Plan
+from sparsekit.nn import SideLinear, install_side_, side_layers
+from sparsekit.plan import Plan, SideBranch
 from sparsekit.prune import prune_
 from sparsekit.surgery import apply_
 from sparsekit.targets import find_targets, weight_NK
@@ -84,13 +86,12 @@ def test_a_plan_for_another_model_changes_nothing(what):
     assert same(model, before)
 
 
-@pytest.mark.parametrize("kind", ["cuts", "perms"])
-def test_decisions_of_a_later_version_are_refused(kind):
+def test_decisions_of_a_later_version_are_refused():
     model = tiny_model("llama")
     plan = prune_(copy.deepcopy(model), "magnitude", progress=False)
-    setattr(plan, kind, {"model.layers.0": [0, 1]})
+    plan.cuts = {"model.layers.0": [0, 1]}
     before = copy.deepcopy(model)
-    with pytest.raises(Unsupported, match=f"the plan holds {kind}"):
+    with pytest.raises(Unsupported, match="the plan holds cuts"):
         apply_(model, plan)
     assert same(model, before)
 
@@ -104,3 +105,82 @@ def test_a_plan_with_an_update_warns_on_another_model_and_brings_zeros_back_afte
         apply_(fresh, plan)
     for name, mask in plan.masks.items():
         assert not fresh.get_submodule(name).weight[~mask.keep].any()
+
+
+def with_branches(model, group=8, rank=None):
+    """A pruned copy of the model, without branches, and the plan that has some."""
+    pruned = copy.deepcopy(model)
+    plan = prune_(pruned, "magnitude", progress=False)
+    for name, mask in plan.masks.items():
+        N, K = mask.shape
+        S = torch.randn(N, rank or -(-K // group)) / 10
+        plan.side[name] = SideBranch(S, torch.randn(rank, K) / 3 if rank else None, group)
+    return pruned, plan
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_branches_stand_beside_the_masked_weights(tmp_path, family, rank):
+    model = tiny_model(family)
+    pruned, plan = with_branches(model, rank=rank)
+    plan.save(tmp_path / "plan")
+    assert apply_(model, Plan.load(tmp_path / "plan")) is model
+    layers = side_layers(model)
+    assert layers.keys() == plan.masks.keys() == find_targets(model).keys(), "they are linear layers as before"
+    x = torch.randn(4, layers[next(iter(layers))].in_features)
+    for name, layer in layers.items():
+        old = pruned.get_submodule(name)
+        assert torch.equal(layer.weight, weight_NK(old)) and layer.branch == plan.side[name]
+        if layer.in_features == x.shape[1]:
+            expected = old(x) + layer.reduce(x) @ plan.side[name].S.T
+            torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-6)
+    apply_(model, plan)
+    assert side_layers(model).keys() == layers.keys() and all(
+        side_layers(model)[name] is layer for name, layer in layers.items()
+    ), "applying twice changes nothing more"
+
+
+def test_training_a_branch_outlives_the_plan_that_it_came_from():
+    model = tiny_model("llama")
+    _, plan = with_branches(model)
+    apply_(model, plan)
+    name, layer = next(iter(side_layers(model).items()))
+    layer.side_S.data.add_(1)
+    layer.weight.data.add_(1)
+    trained = layer.side_S.clone()
+    with pytest.warns(UserWarning, match=f"1 layers keep the side branch that they have.*as {name}"):
+        apply_(model, plan)
+    assert torch.equal(layer.side_S, trained) and not layer.weight[~plan.masks[name].keep].any()
+    assert install_side_(model, name, plan.side[name]).branch == plan.side[name]
+
+
+def test_a_plan_is_put_in_the_models_dtype():
+    model = tiny_model("llama").to(torch.bfloat16)
+    _, plan = with_branches(model)
+    apply_(model, plan)
+    assert {layer.side_S.dtype for layer in side_layers(model).values()} == {torch.bfloat16}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        apply_(model, plan)
+
+
+@pytest.mark.parametrize("what", ["mask", "shape", "nan", "late"])
+def test_a_branch_that_cannot_be_applied_changes_nothing(what, monkeypatch):
+    model = tiny_model("llama")
+    _, plan = with_branches(model)
+    before, kept = copy.deepcopy(model), dict(model.named_parameters())
+    name = list(plan.side)[-1]
+    if what == "mask":
+        plan.side["model.norm"] = plan.side[name]
+    elif what == "shape":
+        plan.side[name] = SideBranch(plan.side[name].S[:, 1:], None, 8)
+    elif what == "nan":
+        plan.side[name].S[0, 0] = float("nan")
+    else:  # half of the layers have their branch when something fails
+        from_linear = SideLinear.from_linear
+        calls = iter([None] * 5)
+        monkeypatch.setattr(SideLinear, "from_linear", lambda *args: (next(calls), from_linear(*args))[1])
+    with pytest.raises((ValueError, StopIteration)):
+        apply_(model, plan)
+    assert same(model, before) and not side_layers(model)
+    assert all(parameter is kept[key] for key, parameter in model.named_parameters())
