@@ -11,6 +11,7 @@ import dataclasses
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -21,7 +22,7 @@ from sparsekit.errors import PatternError
 from sparsekit.masks import Mask
 from sparsekit.methods import method_config
 from sparsekit.nn.side import block_indicator, install_side_, side_layers
-from sparsekit.patterns import parse_pattern
+from sparsekit.patterns import NM, parse_pattern
 from sparsekit.plan import MadeBy, Plan, SideBranch
 from sparsekit.prune import prune_
 from sparsekit.targets import find_targets, is_conv1d, set_weight_NK_, weight_NK
@@ -81,7 +82,6 @@ class ASTTrainer(SparseTrainer):
         if args.teacher_cache is not None and self.train_samples is not None:
             cache = CachedTeacher(args.teacher_cache)
             self.train_dataset = cache.attach(self.train_samples, args.temperature, vocabulary_size(model))
-        self.notes: list[str] = []
         self.mask_statistics: MaskStatistics | None = None
         self._first_keep: dict[str, Tensor] = {}
         self._decay = MaskedDecay(0.0, 0)
@@ -118,7 +118,8 @@ class ASTTrainer(SparseTrainer):
         for name, w_NK in dense.items():
             layer = model.get_submodule(name)
             now = weight_NK(layer)
-            set_weight_NK_(layer, torch.where(keep[name].to(now.device), now, w_NK.to(now.device)))
+            kept = keep[name].to(now.device)
+            set_weight_NK_(layer, with_removed(now, w_NK.to(now.device), kept, args.parsed_pattern))
         if self.args.world_size > 1:
             for name, mask in keep.items():  # one choice for all, whatever rounding made of it elsewhere
                 keep[name] = from_first_rank(mask.to(args.device)).cpu()
@@ -403,6 +404,18 @@ class ASTTrainer(SparseTrainer):
             for name, layer in side_layers(model).items()
         }
         return Plan(masks, made_by, notes=list(self.notes), side=side)
+
+
+def with_removed(kept_NK: Tensor, dense_NK: Tensor, keep_NK: Tensor, pattern: NM) -> Tensor:
+    """Return the weights to start from: `kept_NK` where kept, and the dense ones elsewhere, none above a kept one.
+
+    Without that bound the first choice by magnitude would undo what a better criterion chose: of SparseGPT's mask it
+    would change a twentieth at once. Bounded, a removed weight comes back when gradients make it outgrow a kept one.
+    """
+    K, m = keep_NK.shape[1], pattern.m
+    magnitudes = F.pad(kept_NK.abs().masked_fill(~keep_NK, torch.inf), (0, -K % m), value=torch.inf)
+    least = magnitudes.unflatten(1, (-1, m)).amin(-1).repeat_interleave(m, 1)[:, :K]
+    return torch.where(keep_NK, kept_NK, dense_NK.clamp(-least, least))
 
 
 def _masks_of(plan: Plan, dense: dict[str, Tensor], pattern: str) -> dict[str, Mask]:
