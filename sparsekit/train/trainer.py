@@ -22,7 +22,7 @@ from sparsekit.train.config import SparseTrainingArguments
 from sparsekit.train.data import IGNORED, TokenSamples, collate, training_samples
 
 CONFIG_FILE = "sparsekit_config.json"
-"""In every checkpoint of a training run: the arguments that its result follows from."""
+"""In every checkpoint of a training run: the arguments that its result follows from, and notes of the run so far."""
 
 DIVERGED_BY = 1.0
 """Nats per token above twice the loss of the first steps at which a run counts as diverged."""
@@ -82,6 +82,7 @@ class SparseTrainer(Trainer):
             _refuse_too_few(len(samples["train"]), args)
         same_on_all_ranks_(model, args)
         self.train_samples: TokenSamples | None = samples.get("train")
+        self.notes: list[str] = []
         self._first_losses: list[float] = []
         self._losses: dict[str, Tensor] = {}
         self._num_losses = 0
@@ -98,12 +99,17 @@ class SparseTrainer(Trainer):
         """
         folder = _checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         if folder is not None:
-            check_resumes(folder, self.args.own_fields())
+            self.notes = check_resumes(folder, self.args.own_fields())
         self._before_training(folder)
         return super().train(folder, *args, **kwargs)
 
     def _before_training(self, checkpoint: str | None) -> None:
         """Hook: the model is still whole, and on its device."""
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Run what is left of an epoch; `Trainer` takes one step more where a run is resumed at its end."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -173,7 +179,8 @@ class SparseTrainer(Trainer):
         if self.args.should_save:
             shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
             folder.mkdir(parents=True)
-            (folder / CONFIG_FILE).write_text(json.dumps(self.args.own_fields(), indent=2) + "\n")
+            made_by = {"arguments": self.args.own_fields(), "notes": self.notes}
+            (folder / CONFIG_FILE).write_text(json.dumps(made_by, indent=2) + "\n")
         self.accelerator.wait_for_everyone()
         try:
             super()._save_checkpoint(model, trial)
@@ -234,14 +241,19 @@ def last_checkpoint(output_dir: str | None) -> Path | None:
     return max(complete, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
 
 
-def check_resumes(folder: str | os.PathLike[str], now: dict[str, Any]) -> None:
-    """Raise CheckpointError unless the checkpoint is complete and was made with these arguments."""
+def check_resumes(folder: str | os.PathLike[str], now: dict[str, Any]) -> list[str]:
+    """Return the notes of the run so far.
+
+    Raises:
+        CheckpointError: the checkpoint is not complete, or was made with other arguments.
+    """
     if not is_complete(Path(folder)):
         raise CheckpointError(
             f"{folder} is no complete checkpoint of a sparsekit run: resume from another, or from the newest complete "
             "one with resume_from_checkpoint=True"
         )
-    then = json.loads((Path(folder) / CONFIG_FILE).read_text())
+    made_by = json.loads((Path(folder) / CONFIG_FILE).read_text())
+    then = made_by["arguments"]
     differences = [
         f"{name} was {then.get(name)!r}, is {now.get(name)!r}"
         for name in sorted(then.keys() | now.keys())
@@ -252,6 +264,7 @@ def check_resumes(folder: str | os.PathLike[str], now: dict[str, Any]) -> None:
             f"{folder} was made with other arguments: {'; '.join(differences)}. Resume with those, or start anew in "
             "another output_dir"
         )
+    return list(made_by["notes"])
 
 
 def _checkpoint_to_resume(asked: Any, output_dir: str | None) -> str | None:

@@ -623,7 +623,8 @@ def test_layers_can_be_chosen_by_functions_and_the_arguments_still_be_written_do
     names = [f"model.layers.{block}.mlp.{part}_proj" for block in (0, 1) for part in ("gate", "down")]
     assert list(trainer.plan().masks) == names
     assert config.targets == [is_mlp]
-    assert json.loads((last_checkpoint(config.output_dir) / "sparsekit_config.json").read_text())["targets"] == names
+    made_by = json.loads((last_checkpoint(config.output_dir) / "sparsekit_config.json").read_text())
+    assert made_by["arguments"]["targets"] == names
 
 
 def test_arguments_fit_into_json_whatever_they_hold(ast):
