@@ -20,7 +20,7 @@ from sparsekit.errors import CheckpointError, NonFiniteError, PatternError, Spar
 from sparsekit.evaluate import perplexity
 from sparsekit.hf.register import register as _register_with_transformers
 from sparsekit.masks import Mask
-from sparsekit.methods import METHODS, Magnitude, SparseGPT, Wanda
+from sparsekit.methods import ALPS, METHODS, RIA, Magnitude, SparseGPT, Wanda
 from sparsekit.nn import SparseLinear
 from sparsekit.pack import pack_, unpack_
 from sparsekit.patterns import NM, Block, Pattern, Unstructured
@@ -49,8 +49,10 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_TRAINING})
 
 __all__ = [
+    "ALPS",
     "METHODS",
     "NM",
+    "RIA",
     "Block",
     "CheckpointError",
     "Magnitude",

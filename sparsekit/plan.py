@@ -96,13 +96,57 @@ class SideBranch:
     __hash__ = None  # type: ignore[assignment]
 
 
+@dataclass(frozen=True, eq=False)
+class InputOrder:
+    """The order that a layer's inputs were put into, and how to tell whether a model has it yet.
+
+    Attributes:
+        order: int64 [K], the input feature that came to each place.
+        signature: fp32 [K], of the columns in their old order, see `signature_of`.
+    """
+
+    order: Tensor
+    signature: Tensor
+
+    def __post_init__(self) -> None:
+        K = self.order.numel()
+        if self.order.dtype != torch.int64 or not torch.equal(self.order.sort().values.cpu(), torch.arange(K)):
+            raise ValueError("order must hold each of 0 … K-1 once, as int64 [K]")
+        if self.signature.shape != (K,) or self.signature.dtype != torch.float32 or not self.signature.isfinite().all():
+            raise ValueError(f"signature must be fp32 [{K}] and finite, got {self.signature.dtype}")
+
+    @staticmethod
+    def signature_of(w_NK: Tensor) -> Tensor:
+        """Return the alternating sum of each column, w_0k - w_1k + w_2k …, fp32 [K] on the CPU."""
+        return (w_NK[0::2].float().sum(dim=0) - w_NK[1::2].float().sum(dim=0)).cpu()
+
+    def is_in(self, w_NK: Tensor) -> bool:
+        """Return whether the columns have this order already.
+
+        Columns are known by their signatures: those that were moved are more like the ones that the order brought
+        there than like the ones that were there before, though half of their weights be gone and the rest trained on.
+        """
+        order = self.order.cpu()
+        moved = order != torch.arange(len(order))
+        now, old, new = self.signature_of(w_NK)[moved], self.signature[moved], self.signature[order][moved]
+        return bool(now @ new > now @ old)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, InputOrder):
+            return NotImplemented
+        return _same(self.order, other.order) and _same(self.signature, other.signature)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 @dataclass(repr=False, eq=False)
 class Plan:
     """Decisions about one model: `masks` zero weights, `scales` say on which grid the others were put, `side` what runs
     beside them.
 
-    `cuts` and `perms` hold the other kinds of decision. No method makes them yet, so they are empty; they are saved and
-    loaded, so that a plan that has them is not taken for one that has not.
+    `perms` say in which order the inputs of some layers were put first. `cuts` hold another kind of decision. No method
+    makes them yet, so they are empty; they are saved and loaded, so that a plan that has them is not taken for one that
+    has not.
 
     Attributes:
         masks: qualified module name -> `Mask` of its weight, as [out_features, in_features].
@@ -111,7 +155,7 @@ class Plan:
             for `pack_`, which then gives exactly the weights that the method left. Empty where nothing was rounded.
         notes: what a reader of the report must know: layers that fell back, were padded, or were left dense.
         cuts: for later: layers, heads or channels that are kept, by module.
-        perms: for later: order of the input features, by module.
+        perms: module name -> order of its input features, which masks and scales refer to.
         side: module name -> low-rank branch beside its sparse weight; each module has a mask, too.
     """
 
@@ -119,7 +163,7 @@ class Plan:
     made_by: MadeBy = field(default_factory=MadeBy)
     notes: list[str] = field(default_factory=list)
     cuts: dict[str, Any] = field(default_factory=dict)
-    perms: dict[str, Any] = field(default_factory=dict)
+    perms: dict[str, InputOrder] = field(default_factory=dict)
     side: dict[str, SideBranch] = field(default_factory=dict)
     scales: dict[str, Tensor] = field(default_factory=dict)
 
@@ -145,6 +189,7 @@ class Plan:
         patterns += f" for {self.format}" if self.format else ""
         made = f"{self.made_by.method or 'by hand'}: {patterns}, {len(self.masks)} layers"
         made += f", {len(self.side)} with a side branch" if self.side else ""
+        made += f", {len(self.perms)} with reordered inputs" if self.perms else ""
         return f"Plan({made}, sparsity={self.sparsity:.3f}){notes}"
 
     @property
@@ -162,11 +207,14 @@ class Plan:
             "scales": list(self.scales),
             "notes": self.notes,
             "cuts": self.cuts,
-            "perms": self.perms,
+            "perms": list(self.perms),
             "side": {name: {"group": branch.group, "X": branch.X is not None} for name, branch in self.side.items()},
         }
         tensors: dict[str, Tensor] = {f"masks.{name}": mask.bits.cpu() for name, mask in self.masks.items()}
         tensors |= {f"scales.{name}": scales.cpu().contiguous() for name, scales in self.scales.items()}
+        for name, perm in self.perms.items():
+            tensors[f"perms.{name}.order"] = perm.order.cpu().contiguous()
+            tensors[f"perms.{name}.signature"] = perm.signature.cpu().contiguous()
         for name, branch in self.side.items():
             tensors[f"side.{name}.S"] = branch.S.detach().cpu().contiguous()
             if branch.X is not None:
@@ -192,6 +240,16 @@ class Plan:
                 )
             if not bool(((scales > 0) & scales.isfinite()).all()):
                 raise ValueError(f"scales of {name} are not positive and finite")
+
+    def check_perms(self) -> None:
+        """Raise ValueError unless every order of inputs fits the mask of its layer."""
+        for name, perm in self.perms.items():
+            if name not in self.masks:
+                raise ValueError(f"an order of the inputs of {name}, which has no mask")
+            if len(perm.order) != self.masks[name].shape[1]:
+                raise ValueError(
+                    f"the order of the inputs of {name} is of {len(perm.order)}, it has {self.masks[name].shape[1]}"
+                )
 
     def check_side(self) -> None:
         """Raise ValueError unless every side branch fits the mask of its layer, and is finite."""
@@ -220,7 +278,11 @@ class Plan:
                     name: Mask.from_bits(spec["pattern"], file.get_tensor(f"masks.{name}"), tuple(spec["shape"]))
                     for name, spec in header["masks"].items()
                 }
-                others = {kind: dict(header.get(kind, {})) for kind in ("cuts", "perms")}
+                cuts = dict(header.get("cuts", {}))
+                perms = {
+                    name: InputOrder(file.get_tensor(f"perms.{name}.order"), file.get_tensor(f"perms.{name}.signature"))
+                    for name in header.get("perms", [])
+                }
                 scales = {name: file.get_tensor(f"scales.{name}") for name in header.get("scales", [])}
                 side = {
                     name: SideBranch(
@@ -231,9 +293,10 @@ class Plan:
                     for name, spec in header.get("side", {}).items()
                 }
                 made_by, notes = MadeBy(**header["made_by"]), list(header["notes"])
-                plan = cls(masks, made_by, notes, **others, side=side, scales=scales)
+                plan = cls(masks, made_by, notes, cuts, perms, side, scales)
                 plan.check_scales()
                 plan.check_side()
+                plan.check_perms()
                 return plan
         except Exception as error:
             raise CheckpointError(f"{path} is not a complete sparsekit plan ({error}): make it again") from error

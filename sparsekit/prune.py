@@ -7,14 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekit.archs import find_blocks
+from sparsekit.archs import Coupling, find_blocks, find_couplings, fold_order_
 from sparsekit.calibration import Statistics, Walk, load_samples
 from sparsekit.errors import NonFiniteError
 from sparsekit.masks import Mask
 from sparsekit.methods import Decision, Magnitude, OneShot, Trained, is_trained, method_config
+from sparsekit.methods.channel_order import coupled_order
 from sparsekit.nn import remember_grid_
 from sparsekit.patterns import NM
-from sparsekit.plan import MadeBy, Plan
+from sparsekit.plan import InputOrder, MadeBy, Plan
 from sparsekit.progress import Progress, progress_bar
 from sparsekit.snapshot import Snapshot, restored_on_failure
 from sparsekit.targets import Entry, find_targets, set_weight_NK_, show_entries, weight_NK
@@ -94,8 +95,11 @@ def prune_(
         plan.notes.append(f"{_some(empty)}: every weight is zero already: left as it is")
     with restored_on_failure(model) as snapshot:
         pruner = _Pruner(config, plan, snapshot)
+        if config.permute and not pruner.reorderable(layers):
+            plan.notes.append("permute=True: no layer has inputs that what produces them could give in another order")
         if config.statistics is None:
             with progress_bar(f"{config.name} {config.pattern}", len(layers), progress) as bar:
+                pruner.reorder_(layers, {})
                 pruner.prune_(layers, {}, bar)
         else:
             samples = load_samples(
@@ -115,7 +119,10 @@ def prune_(
                     for step in walk.steps:
                         bar.advance(0, str(step))
                         if step.layers:
-                            pruner.prune_(step.layers, walk.measure(step, config.statistics))
+                            statistics = walk.measure(step, config.statistics)
+                            with walk.unchanged(step, pruner.reorderable(step.layers)):
+                                statistics = pruner.reorder_(step.layers, statistics)
+                            pruner.prune_(step.layers, statistics)
                         walk.finish(step)
                         bar.advance()
     plan.masks = {name: plan.masks[name] for name in layers}
@@ -129,7 +136,40 @@ class _Pruner:
 
     def __init__(self, config: OneShot, plan: Plan, snapshot: Snapshot) -> None:
         self.config, self.plan, self.snapshot = config, plan, snapshot
+        self._couplings = find_couplings(snapshot.model) if config.permute else []
         self._said: dict[str, list[str]] = {}
+
+    def reorderable(self, layers: dict[str, nn.Module]) -> list[str]:
+        """Return which of the layers may have their inputs reordered."""
+        return [name for coupling in self._couplings_of(layers) for name in coupling.consumers]
+
+    def _couplings_of(self, layers: dict[str, nn.Module]) -> list[Coupling]:
+        return [each for each in self._couplings if each.can_permute and layers.keys() >= set(each.consumers)]
+
+    def reorder_(
+        self, layers: dict[str, nn.Module], statistics: dict[str, Statistics | None]
+    ) -> dict[str, Statistics | None]:
+        """Put inputs into the order that keeps most, with what produces them, and return the statistics in it, too."""
+        pattern, reordered = self.config.parsed_pattern, dict(statistics)
+        for coupling in self._couplings_of(layers):
+            names = coupling.consumers
+            known = [statistics.get(name) for name in names]
+            if self.config.statistics is not None and None in known:
+                continue
+            assert isinstance(pattern, NM)
+            weights = [weight_NK(layers[name]) for name in names]
+            scores = [self.config.scores(w_NK.float(), seen) for w_NK, seen in zip(weights, known, strict=True)]
+            order = coupled_order(coupling, torch.cat(scores), pattern)
+            if order is None:
+                continue
+            for part in (*names, *(producer.name for producer in coupling.producers)):
+                self.snapshot.remember(part)
+            inputs = coupling.input_order(order)
+            for name, w_NK, seen in zip(names, weights, known, strict=True):
+                self.plan.perms[name] = InputOrder(inputs.cpu(), InputOrder.signature_of(w_NK))
+                reordered[name] = seen.reordered(inputs) if seen is not None else None
+            fold_order_(self.snapshot.model, coupling, order)
+        return reordered
 
     def prune_(
         self, layers: dict[str, nn.Module], statistics: dict[str, Statistics | None], bar: Progress | None = None

@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch
 from torch import Tensor, nn
 
 from sparsekit.interrupt import uninterrupted
 from sparsekit.nn import SparseLinear, replace_layer_, side_layers, sparse_layers
 from sparsekit.nn.side import without_branch
 from sparsekit.pack import replace_by_dense_
-from sparsekit.targets import set_weight_NK_, weight_NK
 
 
 class Snapshot:
@@ -19,25 +19,28 @@ class Snapshot:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._packed_before, self._branched_before = set(sparse_layers(model)), set(side_layers(model))
-        self._weights: dict[str, Tensor] = {}
+        self._parameters: dict[str, dict[str, Tensor]] = {}
 
     def remember(self, name: str) -> None:
-        """Keep the weight of the linear layer `name` as it is now; the first call for a layer counts."""
-        if name not in self._weights:
-            self._weights[name] = weight_NK(self.model.get_submodule(name)).to("cpu", copy=True)
+        """Keep the weight and bias of the layer `name` as they are now; the first call for a layer counts."""
+        if name not in self._parameters:
+            own = self.model.get_submodule(name).named_parameters(recurse=False)
+            self._parameters[name] = {key: parameter.detach().to("cpu", copy=True) for key, parameter in own}
 
     def restore(self) -> None:
         """Turn layers packed since back into dense ones, take away side branches put there since, and put every
-        remembered weight back, bit for bit."""
+        remembered parameter back, bit for bit."""
         packed_since = [name for name in sparse_layers(self.model) if name not in self._packed_before]
         replace_by_dense_(self.model, packed_since)
         for name, side in side_layers(self.model).items():
             if name not in self._branched_before:
                 replace_layer_(self.model, name, without_branch(side))
-        for name, w_NK in self._weights.items():
+        for name, parameters in self._parameters.items():
             layer = self.model.get_submodule(name)
             assert not isinstance(layer, SparseLinear)
-            set_weight_NK_(layer, w_NK)
+            with torch.no_grad():
+                for key, tensor in parameters.items():
+                    layer.get_parameter(key).copy_(tensor)
 
 
 _open: ContextVar[Snapshot | None] = ContextVar("sparsekit_snapshot", default=None)

@@ -6,11 +6,12 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from sparsekit.archs import find_couplings, fold_order_
 from sparsekit.errors import Unsupported
 from sparsekit.nn import install_side_, remember_grid_, side_layers, unwrapped
 from sparsekit.plan import Plan, SideBranch
 from sparsekit.registry import unknown
-from sparsekit.snapshot import restored_on_failure
+from sparsekit.snapshot import Snapshot, restored_on_failure
 from sparsekit.targets import is_linear, weight_NK
 
 M = TypeVar("M", bound=nn.Module)
@@ -18,6 +19,8 @@ M = TypeVar("M", bound=nn.Module)
 
 def apply_(model: M, plan: Plan) -> M:
     """Zero the weights that the plan removes, put its side branches beside them, and return the model, the same object.
+
+    Where the plan has an order of inputs, those are first put into it, with what produces them.
 
     Layers keep their parameters, dtype and device, and stay trainable; those with a branch become `SideLinear`.
     Applying twice changes nothing more; after training it brings the zeros back, and leaves a branch as training made
@@ -32,15 +35,16 @@ def apply_(model: M, plan: Plan) -> M:
             its branches do not fit.
         Unsupported: the plan holds decisions that this version cannot apply.
     """
-    for kind in ("cuts", "perms"):
-        if getattr(plan, kind):
-            raise Unsupported(f"the plan holds {kind}, which this version does not apply: upgrade sparsekit")
+    if plan.cuts:
+        raise Unsupported("the plan holds cuts, which this version does not apply: upgrade sparsekit")
     plan.check_side()
+    plan.check_perms()
     inner = unwrapped(model)
     layers = {name: _layer(inner, name, plan.masks[name].shape) for name in plan.masks}
     if plan.made_by.updates_weights:
         _warn_without_update(layers, plan)
     with torch.no_grad(), restored_on_failure(inner) as snapshot:
+        _put_in_order_(inner, plan, snapshot)
         for name, layer in layers.items():
             snapshot.remember(name)
             w_NK = weight_NK(layer)
@@ -49,6 +53,25 @@ def apply_(model: M, plan: Plan) -> M:
                 remember_grid_(layer, plan.format, plan.scales[name])
         _install_branches_(inner, plan)
     return model
+
+
+def _put_in_order_(model: nn.Module, plan: Plan, snapshot: Snapshot) -> None:
+    """Put the inputs of layers into the plan's order, where they are not yet in it."""
+    if not plan.perms:
+        return
+    couplings = {name: coupling for coupling in find_couplings(model) for name in coupling.consumers}
+    for name, perm in plan.perms.items():
+        coupling = couplings.get(name)
+        if coupling is None or not coupling.can_permute:
+            raise ValueError(
+                f"the plan puts the inputs of {name} into another order, and what produces them cannot be found in "
+                "this model: apply the plan to a model of the architecture that it was made for"
+            )
+        channels = coupling.channel_order(perm.order)
+        if not perm.is_in(weight_NK(model.get_submodule(name))):
+            for part in (*coupling.consumers, *(producer.name for producer in coupling.producers)):
+                snapshot.remember(part)
+            fold_order_(model, coupling, channels)
 
 
 def _install_branches_(model: nn.Module, plan: Plan) -> None:

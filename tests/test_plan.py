@@ -11,7 +11,7 @@ from sparsekit_kernels.quant import GRIDS
 from sparsekit.errors import CheckpointError
 from sparsekit.masks import Mask
 from sparsekit.patterns import NM
-from sparsekit.plan import MadeBy, Plan, SideBranch
+from sparsekit.plan import InputOrder, MadeBy, Plan, SideBranch
 from sparsekit.registry import unknown
 
 
@@ -22,7 +22,8 @@ def make_plan() -> Plan:
         "wanda", {"pattern": "2:4"}, "tiny", "abc", 7, {"torch": "2"}, False, 12, 256, ["Linear"], ["head"]
     )
     side = {"layers.0.proj": SideBranch(torch.rand(3, 2), group=8)}
-    return Plan(masks, made_by, ["a note"], {"layers": [0, 2]}, {"layers.0": [1, 0]}, side)
+    perms = {"layers.0.proj": InputOrder(torch.randperm(10), torch.randn(10))}
+    return Plan(masks, made_by, ["a note"], {"layers": [0, 2]}, perms, side)
 
 
 def test_round_trip(tmp_path):
@@ -93,6 +94,44 @@ def test_branches_survive_the_file(tmp_path):
     ):
         plan.side["layers.1.proj"] = change
         assert plan != loaded
+
+
+def test_orders_survive_the_file_and_tell_plans_apart(tmp_path):
+    plan = make_plan()
+    plan.save(tmp_path / "plan")
+    loaded = Plan.load(tmp_path / "plan")
+    assert loaded == plan and loaded.perms["layers.0.proj"].order.dtype == torch.int64
+    order, signature = plan.perms["layers.0.proj"].order, plan.perms["layers.0.proj"].signature
+    for change in ({}, {"layers.0.proj": InputOrder(order.flip(0), signature)}):
+        loaded.perms = change
+        assert loaded != plan
+
+
+@pytest.mark.parametrize(
+    "name,K,message",
+    [("layers.7.proj", 10, "layers.7.proj, which has no mask"), ("layers.0.proj", 9, "is of 9, it has 10")],
+)
+def test_orders_that_do_not_fit_are_refused(tmp_path, name, K, message):
+    plan = make_plan()
+    plan.perms = {name: InputOrder(torch.arange(K), torch.zeros(K))}
+    plan.save(tmp_path / "plan")
+    with pytest.raises(CheckpointError, match=message):
+        Plan.load(tmp_path / "plan")
+
+
+@pytest.mark.parametrize(
+    "order,signature,message",
+    [
+        (torch.tensor([0, 2, 2]), torch.zeros(3), "order must hold each of 0 … K-1 once"),
+        (torch.tensor([0, 1, 2], dtype=torch.int32), torch.zeros(3), "as int64"),
+        (torch.tensor([0, 1, 2]), torch.zeros(2), r"signature must be fp32 \[3\]"),
+        (torch.tensor([0, 1, 2]), torch.tensor([0, float("nan"), 0]), "and finite"),
+    ],
+    ids=["twice", "int32", "short", "nan"],
+)
+def test_what_is_no_order_is_refused(order, signature, message):
+    with pytest.raises(ValueError, match=message):
+        InputOrder(order, signature)
 
 
 def test_what_branches_store_is_no_sparsity():
@@ -216,5 +255,6 @@ def test_altered_bits_that_break_the_pattern_are_refused(tmp_path):
 
 
 def test_a_plan_prints_as_one_line_and_its_notes():
-    assert str(make_plan()) == "Plan(wanda: 2:4, 2 layers, 1 with a side branch, sparsity=0.314)\n  • a note"
+    made = "wanda: 2:4, 2 layers, 1 with a side branch, 1 with reordered inputs"
+    assert str(make_plan()) == f"Plan({made}, sparsity=0.314)\n  • a note"
     assert repr(Plan()) == "Plan(by hand: nothing, 0 layers, sparsity=0.000)"

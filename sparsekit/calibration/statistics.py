@@ -1,6 +1,8 @@
 """What a method may know about the inputs of a layer; gathered in fp32 whatever the model's dtype."""
 
 from abc import ABC, abstractmethod
+from copy import copy
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -26,6 +28,10 @@ class Statistics(ABC):
     def column_norms(self) -> Tensor:
         """Norm of each input feature over the tokens, fp32 [K]: sqrt(sum over tokens of x_k^2)."""
 
+    @abstractmethod
+    def reordered(self, order: Tensor) -> Self:
+        """Return these statistics of the input features in another order, int64 [K]; those here stay as they are."""
+
     def is_finite(self) -> bool:
         """Return whether no NaN or infinity came in."""
         return bool(self.column_norms.isfinite().all())
@@ -40,6 +46,11 @@ class ColumnNorms(Statistics):
 
     def _add(self, x_MK: Tensor) -> None:
         self._squares += x_MK.square().sum(dim=0)
+
+    def reordered(self, order: Tensor) -> Self:
+        other = copy(self)
+        other._squares = self._squares[order]
+        return other
 
     @property
     def column_norms(self) -> Tensor:
@@ -61,6 +72,11 @@ class Hessian(Statistics):
 
     def _add(self, x_MK: Tensor) -> None:
         self.matrix.addmm_(x_MK.T, x_MK)
+
+    def reordered(self, order: Tensor) -> Self:
+        other = copy(self)
+        other.matrix, other.factors = self.matrix[order][:, order], {}
+        return other
 
     @property
     def column_norms(self) -> Tensor:

@@ -25,7 +25,7 @@ from sparsekit.calibration.quiet import as_in_inference
 from sparsekit.calibration.recorder import Recorder
 from sparsekit.calibration.samples import INPUT, Batch
 from sparsekit.calibration.statistics import Statistics
-from sparsekit.errors import NonFiniteError
+from sparsekit.errors import NonFiniteError, Unsupported
 
 
 @dataclass
@@ -112,6 +112,42 @@ class Walk:
             for index in range(len(self.batches)):
                 outputs[index] = self._output_of(block, index)
         self._done.append(step)
+
+    @contextmanager
+    def unchanged(self, step: Step, names: list[str]) -> Iterator[None]:
+        """Check that the body, which rewrites the step's layers, leaves the outputs of some of them as they were.
+
+        Raises:
+            Unsupported: it did not, on the first batch.
+        """
+        before = self._outputs_of(step, names)
+        yield
+        for name, after in self._outputs_of(step, names).items():
+            error = float((after - before[name]).norm() / before[name].norm().clamp_min(1e-30))
+            if not error <= 0.1:  # rounding makes 0.02 in bfloat16, another order of what should be in one more than 1
+                raise Unsupported(
+                    f"{name} gave another output (by {error:.0%}) after its inputs and what produces them were put "
+                    "into another order, so this model computes it otherwise than its names suggest: use permute=False"
+                )
+
+    def _outputs_of(self, step: Step, names: list[str]) -> dict[str, Tensor]:
+        """Return the fp32 outputs of some of the step's layers on the first batch; of their last call each."""
+        outputs: dict[str, Tensor] = {}
+
+        def keep(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+                outputs[name] = output.float().clone()
+
+            return hook
+
+        with ExitStack() as hooks:
+            for name in names:
+                hooks.callback(self.model.get_submodule(name).register_forward_hook(keep(name)).remove)
+            if step.block:
+                hooks.callback(self.model.get_submodule(step.block).register_forward_hook(_stop).remove)
+            if names:
+                self._run(0)
+        return outputs
 
     def _record(self, step: Step, kind: type[Statistics], share: bool) -> dict[str, Statistics | None] | None:
         recorder = Recorder(step.layers, kind, self._device, share)

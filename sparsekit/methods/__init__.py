@@ -1,15 +1,19 @@
 """One-shot pruning methods: each a config that decides which weights of a layer go. Trained ones: `sparsekit.train`."""
 
+from sparsekit.methods.alps import ALPS
 from sparsekit.methods.base import METHODS, TRAINED, Decision, OneShot, Trained, is_trained, method_config
 from sparsekit.methods.magnitude import Magnitude
+from sparsekit.methods.ria import RIA
 from sparsekit.methods.sparsegpt import SparseGPT
 from sparsekit.methods.wanda import Wanda
 
 __all__ = [
+    "ALPS",
     "Decision",
     "METHODS",
     "Magnitude",
     "OneShot",
+    "RIA",
     "SparseGPT",
     "TRAINED",
     "Trained",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sparsekit.calibration.statistics import Statistics
 from sparsekit.formats import FORMATS
 from sparsekit.methods.grid import is_quantised, round_to_nearest
-from sparsekit.patterns import Pattern, check_sparsity, parse_pattern
+from sparsekit.patterns import NM, Pattern, check_sparsity, parse_pattern
 from sparsekit.registry import Registry, unknown
 
 
@@ -44,11 +44,14 @@ class OneShot(ABC):
         pattern: which zeros are legal: "2:4", any "N:M", "64x64" (blocks) or "unstructured".
         sparsity: share of each layer's weights to remove. N:M fixes it, and takes the
             default, 0.5, for what it says.
+        permute: put the inputs of down and output projections into the order that keeps the largest scores. What
+            produces them is rewritten to give them in that order, so it costs nothing at run time. For N:M only.
         format: packed format that the result is meant for, as "semi24_int4"; None for any that rounds nothing.
     """
 
     pattern: str = "2:4"
     sparsity: float = 0.5
+    permute: bool = False
     format: str | None = None
 
     name: ClassVar[str]
@@ -70,6 +73,10 @@ class OneShot(ABC):
                 f"pattern {parsed} removes {fixed:.3g} of the weights, and sparsity={self.sparsity} was asked for: "
                 "leave sparsity out, or choose another pattern"
             )
+        if not isinstance(self.permute, bool):
+            raise ValueError(f"permute={self.permute!r} is neither True nor False")
+        if self.permute and not isinstance(parsed, NM):
+            raise ValueError(f"permute=True is for N:M: leave it out, or take another pattern than {parsed}, as 2:4")
         if self.format is not None:
             _check_format(self.format, parsed)
         object.__setattr__(self, "pattern", str(parsed))
@@ -83,6 +90,12 @@ class OneShot(ABC):
             w_NK: the weight, fp32 [N, K]; not to be changed.
             statistics: of the layer's inputs, of the kind that `statistics` names.
         """
+
+    def scores(self, w_NK: Tensor, statistics: Statistics | None) -> Tensor:
+        """Return what it is worth to keep each weight, fp32 [N, K], not negative: |W_nk| * ||x_k||, or |W_nk| without
+        data. The order of channels is chosen by these; `decide` may judge otherwise."""
+        magnitudes = w_NK.abs()
+        return magnitudes if statistics is None else magnitudes * statistics.column_norms.to(w_NK.device)
 
     def rounded(self, w_NK: Tensor, decision: Decision) -> Decision:
         """Return the decision about `w_NK` with the kept weights on the grid of `format`: to nearest, if not yet so."""

@@ -18,7 +18,7 @@ class Magnitude(OneShot):
     name = "magnitude"
 
     def decide(self, w_NK: Tensor, statistics: Statistics | None = None) -> Decision:
-        return Decision(self.project(w_NK.abs()))
+        return Decision(self.project(self.scores(w_NK, None)))
 
 
 METHODS.register("magnitude", Magnitude)

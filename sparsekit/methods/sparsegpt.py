@@ -24,7 +24,7 @@ from sparsekit.calibration.statistics import Hessian, Statistics
 from sparsekit.methods.base import METHODS, Decision, OneShot
 from sparsekit.methods.grid import Grid, is_quantised, refit_, scale_spans, stored_scales
 from sparsekit.methods.inverse_factor import inverse_factor
-from sparsekit.methods.wanda import Wanda
+from sparsekit.methods.wanda import pruned_by_wanda
 from sparsekit.patterns import NM, Block, Unstructured
 
 _STRIP = 8
@@ -64,7 +64,7 @@ class SparseGPT(OneShot):
         silent = bool((statistics.column_norms == 0).all())
         factor = None if silent else inverse_factor(statistics, self.dampening_frac, order)
         if factor is None:
-            return self._fall_back(w_NK, statistics, "its Hessian could not be factored")
+            return pruned_by_wanda(self, w_NK, statistics, "its Hessian could not be factored")
         w_KN = (w_NK.T if order is None else w_NK.T[order]).clone(memory_format=torch.contiguous_format)
         w_KN[factor.dead] = 0
         known = self._known_keep(w_KN, factor.U)
@@ -74,7 +74,7 @@ class SparseGPT(OneShot):
             back = order.argsort()
             w_KN, keep_KN = w_KN[back], keep_KN[back]
         if not w_KN.isfinite().all():
-            return self._fall_back(w_NK, statistics, "its update overflowed")
+            return pruned_by_wanda(self, w_NK, statistics, "its update overflowed")
         if grids:
             grids = refit_(w_KN, grids, w_NK.T, statistics.matrix)
         notes = [factor.note] if factor.note else []
@@ -84,10 +84,6 @@ class SparseGPT(OneShot):
             )
         scales = stored_scales(grids) if grids else None
         return Decision(keep_KN.T.contiguous(), w_KN.T, scales, tuple(notes))
-
-    def _fall_back(self, w_NK: Tensor, statistics: Statistics, reason: str) -> Decision:
-        wanda = Wanda(pattern=self.pattern, sparsity=self.sparsity).decide(w_NK, statistics)
-        return Decision(wanda.keep, notes=(f"{reason}: pruned by Wanda, without an update",))
 
     def _order(self, diagonal: Tensor) -> Tensor | None:
         """Return the input features [K] in the order of the walk; None for the order that they have."""

@@ -24,7 +24,7 @@ class Wanda(OneShot):
 
     def decide(self, w_NK: Tensor, statistics: Statistics | None) -> Decision:
         assert statistics is not None, "Wanda scores need the inputs' norms"
-        scores = w_NK.abs() * statistics.column_norms.to(w_NK.device)
+        scores = self.scores(w_NK, statistics)
         if isinstance(self.parsed_pattern, Unstructured):
             return Decision(_keep_largest_of_rows(scores, self.sparsity))
         return Decision(self.project(scores))
@@ -34,6 +34,12 @@ def _keep_largest_of_rows(scores: Tensor, sparsity: float) -> Tensor:
     num_kept = scores.shape[1] - round(sparsity * scores.shape[1])
     order = scores.sort(dim=1, descending=True, stable=True).indices[:, :num_kept]
     return torch.zeros(scores.shape, dtype=torch.bool, device=scores.device).scatter_(1, order, True)
+
+
+def pruned_by_wanda(config: OneShot, w_NK: Tensor, statistics: Statistics, reason: str) -> Decision:
+    """Return what Wanda decides in place of a method that cannot, with a note that says why."""
+    wanda = Wanda(pattern=config.pattern, sparsity=config.sparsity).decide(w_NK, statistics)
+    return Decision(wanda.keep, notes=(f"{reason}: pruned by Wanda, without an update",))
 
 
 METHODS.register("wanda", Wanda)
