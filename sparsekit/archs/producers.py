@@ -12,7 +12,7 @@ taken only from blocks whose forward is known (`_PRE_NORM_BLOCKS`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from sparsekit.archs.blocks import find_blocks
+from sparsekit.nn import SideLinear, side_layers
 from sparsekit.targets import is_linear, weight_NK
 
 
@@ -100,11 +101,17 @@ class Coupling:
 def find_couplings(model: nn.Module) -> list[Coupling]:
     """Return the couplings of a model's blocks, in the order of definition.
 
-    Layers that are packed, wrapped (as by peft) or of an unknown kind have none.
+    Layers that are packed, wrapped (as by peft) or of an unknown kind have none. The inputs of a layer whose side
+    branch sums them in groups take neither an order nor scales.
     """
     linears = {name: module for name, module in model.named_modules() if is_linear(module)}
     blocks = [block for names in find_blocks(model, linears).values() for block in names]
-    return [coupling for block in blocks for coupling in _of_block(model, block)]
+    grouped = {name for name, layer in side_layers(model).items() if layer.side_X is None}
+    return [
+        replace(coupling, can_permute=False, can_scale=False) if grouped.intersection(coupling.consumers) else coupling
+        for block in blocks
+        for coupling in _of_block(model, block)
+    ]
 
 
 @torch.no_grad()
@@ -124,8 +131,8 @@ def fold_order_(model: nn.Module, coupling: Coupling, order: Tensor) -> None:
         for rows in _rows(model, producer, coupling.num_channels):
             rows.copy_(rows[order.to(rows.device)])
     for name in coupling.consumers:
-        w_NK = weight_NK(model.get_submodule(name))
-        w_NK.copy_(w_NK[:, columns.to(w_NK.device)])
+        for reads in _reading(model.get_submodule(name)):
+            reads.copy_(reads[:, columns.to(reads.device)])
 
 
 @torch.no_grad()
@@ -155,18 +162,27 @@ def fold_scales_(model: nn.Module, coupling: Coupling, scales: Tensor) -> None:
                 added = offset if index == 0 else 0.0  # a bias is what it says
                 rows.copy_((rows.float() + added) / divisor - added)
     for name in coupling.consumers:
-        w_NK = weight_NK(model.get_submodule(name))
-        w_NK.copy_(w_NK.float() * scales[coupling.source.to(scales.device)].to(w_NK.device))
+        for reads in _reading(model.get_submodule(name)):
+            reads.copy_(reads.float() * scales[coupling.source.to(scales.device)].to(reads.device))
+
+
+def _reading(consumer: nn.Module) -> Iterator[Tensor]:
+    """Yield the matrices [..., K] that multiply the consumer's input: its weight, and X of a side branch."""
+    yield weight_NK(consumer)
+    if isinstance(consumer, SideLinear) and consumer.side_X is not None:
+        yield consumer.side_X.detach()
 
 
 def _rows(model: nn.Module, producer: Producer, num: int) -> Iterator[Tensor]:
-    """Yield views of the producer's weight and, if it has one, bias; their first dimension is the channels."""
+    """Yield views of the producer's weight and, if it has them, bias and S; their first dimension is the channels."""
     module = model.get_submodule(producer.name)
     weight = weight_NK(module) if is_linear(module) else module.get_parameter("weight").detach()
     yield weight[producer.first : producer.first + num]
     bias = getattr(module, "bias", None)
     if isinstance(bias, Tensor):
         yield bias.detach()[producer.first : producer.first + num]
+    if isinstance(module, SideLinear):
+        yield module.side_S.detach()[producer.first : producer.first + num]
 
 
 @dataclass(frozen=True)

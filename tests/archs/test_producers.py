@@ -8,7 +8,9 @@ import transformers
 from torch import nn
 
 from sparsekit.archs.producers import Coupling, Producer, find_couplings, fold_order_, fold_scales_
-from sparsekit.targets import weight_NK
+from sparsekit.nn import install_side_
+from sparsekit.plan import SideBranch
+from sparsekit.targets import find_targets, weight_NK
 from tests.archs.tiny_models import BUILDERS, tiny_model, token_samples
 
 
@@ -123,6 +125,31 @@ def test_folding_changes_nothing(family):
     for coupling in find_couplings(model):
         changes = holds(model, coupling, ids)
         assert changes and max(changes.values()) <= 1e-5, (coupling, changes)
+
+
+@pytest.mark.parametrize("rank", [3, None])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "llama with biases, three queries a value"])
+def test_side_branches_go_along_or_forbid_it(family, rank):
+    """Rows of S with the producer, columns of X with the consumer; the sums of a frozen X know no other order."""
+    model = disturb_(MODELS[family]())
+    ids = torch.stack(token_samples(3, 12))
+    generator = torch.Generator().manual_seed(0)
+    before = {coupling.consumers: coupling for coupling in find_couplings(model)}
+    for name in find_targets(model):
+        N, K = weight_NK(model.get_submodule(name)).shape
+        S = torch.randn(N, rank or -(-K // 8), generator=generator) / 5
+        install_side_(model, name, SideBranch(S, torch.randn(rank, K, generator=generator) / 3 if rank else None, 8))
+    couplings = find_couplings(model)
+    assert {coupling.consumers for coupling in couplings} == before.keys()
+    for coupling in couplings:
+        if rank is None:
+            assert not coupling.can_permute and not coupling.can_scale
+            with pytest.raises(ValueError, match="cannot be scaled"):
+                fold_scales_(model, coupling, random_scales(coupling))
+        else:
+            assert coupling == before[coupling.consumers]
+            changes = holds(model, coupling, ids)
+            assert changes and max(changes.values()) <= 1e-5, (coupling, changes)
 
 
 KINDS = {
