@@ -35,8 +35,11 @@ MASKED_DECAY_KINDS: tuple[str, ...] = get_args(MaskedDecayKind)
 _KEPT, _KEPT_AT_FIRST = 1, 2
 """Bits of the state `flags`, uint8, one entry a weight."""
 
-Rewrite = Callable[[str, Tensor, Tensor], Tensor]
-"""(name, W * m as [N, K], m) -> what the parameter shall hold, as [N, K]; zero where m is."""
+Rewrite = Callable[[str, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+"""(name, W * m as [N, K], m, S of the branch beside it or None) -> what the two shall hold, the weight zero where m is.
+
+Of a weight that is sharded by rows, each rank passes its own rows.
+"""
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,8 @@ class MaskedAdamW(torch.optim.Optimizer):
     A group with `masked=True` holds weights of linear layers, and beside `params` the lists `names` and `transposed`
     (True for the [K, N] weights of `Conv1D`). State of a masked parameter: `dense` fp32, `flags` uint8, `exp_avg`,
     `exp_avg_sq`, `step`, of the parameter's shape and sharding. Plain parameters of 16 bits have a `dense` too: a step
-    is often smaller than their last bit.
+    is often smaller than their last bit. A group with the list `branch_of` holds the S of the branches beside the
+    masked weights of these names; they are plain parameters, which `rewrite` sees and writes, too.
 
     Args:
         groups: parameter groups; options as below can be given for each.
@@ -97,6 +101,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             if group["masked"] and not len(group["params"]) == len(group["names"]) == len(group["transposed"]):
                 raise ValueError("a masked group needs names and transposed, one for each of its params")
+            if len(group.get("branch_of", group["params"])) != len(group["params"]):
+                raise ValueError("branch_of needs a name for each of its group's params")
         self.pattern, self.hysteresis, self.masked_decay_kind = pattern, hysteresis, masked_decay_kind
         self.masked_decay: float | None = 0.0
         """lambda; None lets it follow the gradients of each weight, see `follow`."""
@@ -109,9 +115,11 @@ class MaskedAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def mask_(self) -> None:
         """Take the dense weights out of masked parameters that have no state yet, and mask them."""
-        for name, parameter, transposed in self._masked():
-            if "flags" not in self.state[parameter]:
-                self._start(name, parameter, transposed)
+        new = [one for one in self._masked() if "flags" not in self.state[one[1]]]
+        for one in new:
+            self._start(*one)
+        if new:
+            self.write_()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -132,7 +140,7 @@ class MaskedAdamW(torch.optim.Optimizer):
     def refresh_masks_(self) -> MaskStatistics:
         """Choose every mask anew from |W|, and rewrite the parameters."""
         self._num_flipped = 0
-        for name, parameter, transposed in self._masked():
+        for _, parameter, transposed in self._masked():
             state = self.state[parameter]
             flags, scores = _local(state["flags"]), _local(state["dense"]).abs()
             old = flags & _KEPT
@@ -140,7 +148,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             keep = self._project(scores, transposed).to(torch.uint8)
             self._num_flipped += int((keep ^ old).sum())
             flags.copy_((flags & ~_KEPT) | keep)
-            self._write(name, parameter, transposed)
+        self.write_()
         return self.statistics()
 
     def statistics(self) -> MaskStatistics:
@@ -174,9 +182,15 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def write_(self) -> None:
-        """Rewrite every masked parameter from its dense weight and mask."""
+        """Rewrite every masked parameter from its dense weight and mask, and the branch beside it."""
+        branches = {
+            name: parameter
+            for group in self.param_groups
+            if "branch_of" in group
+            for name, parameter in zip(group["branch_of"], group["params"], strict=True)
+        }
         for name, parameter, transposed in self._masked():
-            self._write(name, parameter, transposed)
+            self._write(name, parameter, transposed, branches.get(name))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave; unlike in torch's optimizers each state keeps its own dtype."""
@@ -210,22 +224,30 @@ class MaskedAdamW(torch.optim.Optimizer):
         else:
             keep = self._project(local.abs(), transposed)
         _local(state["flags"]).copy_(keep.to(torch.uint8) * (_KEPT | _KEPT_AT_FIRST))
-        self._write(name, parameter, transposed)
 
     def _project(self, scores: Tensor, transposed: bool) -> Tensor:
         if not scores.numel():
             return torch.zeros_like(scores, dtype=torch.bool)
         return self.pattern.project(scores.T).T if transposed else self.pattern.project(scores)
 
-    def _write(self, name: str, parameter: Tensor, transposed: bool) -> None:
+    def _write(self, name: str, parameter: Tensor, transposed: bool, branch: Tensor | None) -> None:
         state = self.state[parameter]
         keep = _local(state["flags"]) & _KEPT
         kept = _local(state["dense"]) * keep
         if self.rewrite is not None and kept.numel():
             kept, keep = (kept.T, keep.T) if transposed else (kept, keep)
-            kept = self.rewrite(name, kept, keep.bool())
+            kept, S = self.rewrite(name, kept, keep.bool(), None if branch is None else _local(self._dense(branch)))
             kept = kept.T if transposed else kept
+            if branch is not None and S is not None:
+                _local(branch.detach()).copy_(S)
         _local(parameter.detach()).copy_(kept)
+
+    def _dense(self, parameter: Tensor) -> Tensor:
+        """Return the fp32 values that a plain parameter is written from; from now on it has them."""
+        state = self.state[parameter]
+        if "dense" not in state:
+            state["dense"] = parameter.detach().to(torch.float32, copy=True)
+        return state["dense"]
 
     def _moments(self, parameter: Tensor) -> dict[str, Any]:
         state = self.state[parameter]
@@ -236,14 +258,13 @@ class MaskedAdamW(torch.optim.Optimizer):
         return state
 
     def _step_plain(self, group: dict[str, Any], parameter: Tensor, gradient: Tensor) -> None:
-        local, state = _local(parameter.detach()), self.state[parameter]
-        if parameter.dtype.itemsize >= 4:
+        local, is_rewritten = _local(parameter.detach()), self.rewrite is not None and "branch_of" in group
+        if parameter.dtype.itemsize >= 4 and not is_rewritten:
             self._adam(group, parameter, local, gradient.to(local.dtype))
             return
-        if "dense" not in state:
-            state["dense"] = parameter.detach().float()
-        dense = _local(state["dense"])
-        torch.where(dense.to(local.dtype) == local, dense, local.float(), out=dense)  # what others wrote since counts
+        dense = _local(self._dense(parameter))
+        if not is_rewritten:  # what others wrote since counts
+            torch.where(dense.to(local.dtype) == local, dense, local.float(), out=dense)
         self._adam(group, parameter, dense, gradient.float())
         local.copy_(dense)
 

@@ -459,10 +459,10 @@ def test_masked_decay_can_follow_the_gradients(kind):
 def test_a_rewrite_changes_what_the_forward_sees_and_not_what_is_trained(transposed):
     seen = []
 
-    def to_tenths(name, kept_NK, keep_NK):
+    def to_tenths(name, kept_NK, keep_NK, S):
         seen.append((name, tuple(kept_NK.shape), keep_NK.dtype))
-        assert not kept_NK[~keep_NK].any()
-        return (kept_NK * 10).round() / 10
+        assert not kept_NK[~keep_NK].any() and S is None
+        return (kept_NK * 10).round() / 10, None
 
     w = matrix(6, 20)
     parameter = nn.Parameter((w.T if transposed else w).clone())
@@ -474,6 +474,42 @@ def test_a_rewrite_changes_what_the_forward_sees_and_not_what_is_trained(transpo
     held = parameter.detach().T if transposed else parameter.detach()
     assert torch.equal(held, (dense * keep * 10).round() / 10) and not torch.equal(held, dense * keep)
     assert set(seen) == {("layer0", (6, 20), torch.bool)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_rewrite_sees_the_branch_beside_a_weight_once_both_have_stepped(dtype):
+    """S learns in fp32 whatever is written; what others write counts until `rewrite` is there, and not from then on."""
+    parameters = [nn.Parameter(matrix(6, 20, seed=seed, dtype=dtype)) for seed in range(2)]
+    S = nn.Parameter(matrix(6, 2, seed=5, dtype=dtype))
+    groups = [
+        {"params": [S], "branch_of": ["b"]},
+        {"params": parameters, "names": ["a", "b"], "transposed": [False] * 2, "masked": True},
+    ]
+    optimizer = MaskedAdamW(groups, pattern=NM(2, 4), lr=0.05)
+    expected = torch.optim.AdamW(
+        [nn.Parameter(S.detach().float().clone())], lr=0.05, betas=(0.9, 0.95), weight_decay=0.0
+    )
+    reference = expected.param_groups[0]["params"][0]
+    seen = []
+
+    def to_tenths(name, kept_NK, keep_NK, S):
+        seen.append((name, None if S is None else S.clone(), optimizer.state[parameters[1]]["step"].item()))
+        return (kept_NK * 10).round() / 10, None if S is None else (S * 10).round() / 10
+
+    for step in range(4):
+        for seed, parameter in enumerate((*parameters, S)):
+            parameter.grad = matrix(*parameter.shape, seed=10 * step + seed, dtype=dtype)
+        reference.grad = S.grad.float()
+        if step == 2:
+            optimizer.rewrite = to_tenths
+            optimizer.write_()
+            assert [(name, S is None) for name, S, _ in seen] == [("a", True), ("b", False)]
+        seen.clear()
+        optimizer.step()
+        expected.step()
+    assert torch.allclose(seen[1][1], reference, rtol=1e-5, atol=1e-6) and seen[1][2] == 4
+    assert torch.equal(S.detach(), (seen[1][1] * 10).round().div(10).to(dtype))
+    assert torch.equal(optimizer.state[S]["dense"], seen[1][1]) and not torch.equal(S.detach().float(), seen[1][1])
 
 
 def test_plain_parameters_of_16_bits_learn_what_is_smaller_than_their_last_bit():
