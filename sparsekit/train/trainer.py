@@ -5,7 +5,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,8 @@ class SparseTrainer(Trainer):
         if folder is not None:
             self.notes = check_resumes(folder, self.args.own_fields())
         self._before_training(folder)
-        return super().train(folder, *args, **kwargs)
+        with _own_forward(self.model):
+            return super().train(folder, *args, **kwargs)
 
     def _before_training(self, checkpoint: str | None) -> None:
         """Hook: the model is still whole, and on its device."""
@@ -204,6 +206,19 @@ class Callback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._after()
+
+
+@contextmanager
+def _own_forward(model: nn.Module) -> Iterator[None]:
+    """Take off what accelerate puts around a model's forward: it would go on computing in bf16 after training."""
+    before = model.__dict__.get("forward")
+    try:
+        yield
+    finally:
+        for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
+            model.__dict__.pop(name, None)
+        if before is not None:
+            model.__dict__["forward"] = before
 
 
 def shifted(labels: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import sparsekit as sk
 from sparsekit.benchmarking import SHAPES, LayerShape
 from sparsekit.cli import app, demo
 from sparsekit.cli.models import load_model
-from sparsekit.cli.prune import _short_check
+from sparsekit.cli.prune import short_check
 from sparsekit.nn import sparse_layers
 from sparsekit.report import Report
 
@@ -96,7 +96,7 @@ def test_the_check_has_one_line_for_each_kind_of_layer():
     rows = [row | {"layer": f"{i}.up", "sparsity": 0.4996 + i / 10_000} for i in range(8)]
     rows += [row | {"layer": "0.down", "sparsity": 0.4}, row | {"layer": "1.down", "sparsity": 0.6}]
     rows += [row | {"layer": "2.down", "sparsity": 0.6, "format": "semi24"}]
-    shown = _short_check(Report("check", rows)).rows
+    shown = short_check(Report("check", rows)).rows
     assert [(line["layers"], line["name"], line["sparsity"]) for line in shown] == [
         (8, "up", 0.5),
         (2, "down", "0.4 to 0.6"),
