@@ -287,7 +287,7 @@ def gathered(model, batches, kind=Hessian):
         for step in walk.steps:
             found |= walk.measure(step, kind)
             walk.finish(step)
-        return found, walk.steps, walk._replays
+        return found, walk.steps, walk.replays
 
 
 def explicit(model, batches, keep=None):

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from sparsekit.archs import find_blocks
@@ -59,11 +60,18 @@ class Walk:
         model: any `nn.Module`.
         layers: the layers to gather statistics for, by qualified name.
         batches: what to run.
+
+    Attributes:
+        steps: in the order in which the model runs them.
+        weights: parameters and buffers to run with in place of the model's own, by qualified name.
+        replays: whether blocks that are done stand in for themselves; if not, they run again each time.
     """
 
     def __init__(self, model: nn.Module, layers: dict[str, nn.Module], batches: list[Batch]) -> None:
         self.model, self.layers, self.batches = model, layers, batches
         self.steps: list[Step] = []
+        self.weights: dict[str, Tensor] = {}
+        self.replays = False
         self._done: list[Step] = []
         self._outputs: dict[str, list[Any]] = {}
         self._stack = ExitStack()
@@ -106,12 +114,29 @@ class Walk:
         """Run the step, as it is now, for the inputs of what follows."""
         if step is self.steps[-1] or not step.block:
             return
-        if self._replays:
+        if self.replays:
             outputs = self._outputs.setdefault(step.chain, [None] * len(self.batches))
-            block = self.model.get_submodule(step.block)
             for index in range(len(self.batches)):
-                outputs[index] = self._output_of(block, index)
+                outputs[index] = self.output_of(step.block, index)
         self._done.append(step)
+
+    def output_of(self, name: str, index: int) -> Any:
+        """Return what the block or layer `name` gives on one batch, as it is now, at its first call.
+
+        Nothing after it is run. Gradients flow where they are enabled.
+        """
+        kept: list[Any] = []
+
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            kept.append(output)
+            raise _Stop
+
+        handle = self.model.get_submodule(name).register_forward_hook(keep)
+        try:
+            self._run(index)
+        finally:
+            handle.remove()
+        return kept[0]
 
     @contextmanager
     def unchanged(self, step: Step, names: list[str]) -> Iterator[None]:
@@ -159,35 +184,19 @@ class Walk:
                 self._run(index)
         return recorder.result()
 
-    def _output_of(self, block: nn.Module, index: int) -> Any:
-        kept: list[Any] = []
-
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
-            kept.append(output)
-            raise _Stop
-
-        handle = block.register_forward_hook(keep)
-        try:
-            self._run(index)
-        finally:
-            handle.remove()
-        return kept[0]
-
     def _run(self, index: int) -> None:
         """Run one batch, with the blocks that are done standing in for themselves."""
         batch = {key: value.to(self._device) for key, value in self.batches[index].items()}
         args = (batch.pop(INPUT),) if INPUT in batch else ()
         with ExitStack() as stack:
-            if self._replays:
+            if self.replays:
                 for step in self._done:
                     output = self._outputs[step.chain][index]
                     stack.enter_context(_replaced(self.model.get_submodule(step.block), output))
             try:
-                self.model(*args, **batch)
+                functional_call(self.model, self.weights, args, batch)
             except _Stop:
                 pass
-
-    _replays = False
 
     def _plan_steps(self) -> list[Step]:
         """Run one batch to see what comes when; each block that runs just once is a step."""
@@ -220,7 +229,7 @@ class Walk:
             self._run(0)
         blocks = {name for name in chain_of if calls[name] == 1}
         steps = self._steps_in_order(list(calls), blocks, chain_of)
-        self._replays = self._replay_holds([step for step in steps if step.block], inputs, outputs)
+        self.replays = self._replay_holds([step for step in steps if step.block], inputs, outputs)
         return steps
 
     def _steps_in_order(self, order: list[str], blocks: set[str], chain_of: dict[str, str]) -> list[Step]:
