@@ -16,6 +16,8 @@ up for the rounding, as GPTQ does) and pruning and rounding in one pass; all in 
     python bench/quality.py --data DIR --methods sparsegpt --published CLONE
 
 adds a row by the published SparseGPT class, on the same chunks; 2:4 only.
+
+A method is one of those that `sparsekit.METHODS` names; "ria+permute" puts inputs into a better order first.
 """
 
 import argparse
@@ -130,6 +132,11 @@ def prune_published_(model: Any, chunks: list[Tensor], clone: Path) -> None:
                     worker.fasterprune(0.5, prunen=2, prunem=4, percdamp=0.01, blocksize=128)
 
 
+def config_of(method: str, pattern: str) -> Any:
+    """Return the config of a method's name, with or without "+permute" behind it."""
+    return METHODS.get(method.removesuffix("+permute"))(pattern=pattern, permute=method.endswith("+permute"))
+
+
 def round_to_nearest_(model: Any, format: str) -> None:
     """Leave in each pruned layer what its packed form would run with."""
     with warnings.catch_warnings():
@@ -168,12 +175,13 @@ def measure(
 
     yield row("dense", None, None)
     for method in methods:
-        needs_data = METHODS.get(method).statistics is not None
+        config = config_of(method, pattern)
+        needs_data = config.statistics is not None
         for seed in seeds if needs_data else seeds[:1]:
             model.load_state_dict(dense)
             started = time.perf_counter()
             chunks = random_chunks(train, case.chunk, seed)
-            sk.prune_(model, METHODS.get(method)(pattern=pattern), dataset=chunks, seed=seed, progress=False)
+            sk.prune_(model, config, dataset=chunks, seed=seed, progress=False)
             yield row(method, seed, time.perf_counter() - started)
     for seed in seeds if formats else []:
         chunks = random_chunks(train, case.chunk, seed)

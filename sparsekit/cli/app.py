@@ -58,8 +58,12 @@ def prune(
     out: Annotated[str, typer.Argument(metavar="OUT", help="Folder to write.")],
     pattern: Annotated[str, typer.Option(help="2:4, any N:M, 64x64 (blocks) or unstructured.")] = "2:4",
     method: Annotated[
-        str | None, typer.Option(help="magnitude, wanda or sparsegpt. [sparsegpt with a dataset, else magnitude]")
+        str | None,
+        typer.Option(help="magnitude, wanda, ria, sparsegpt or alps. [sparsegpt with a dataset, else magnitude]"),
     ] = None,
+    permute: Annotated[
+        bool, typer.Option("--permute", help="First put inputs into the order that keeps most; free at run time.")
+    ] = False,
     dataset: Annotated[str | None, typer.Option(metavar="FILE", help="Calibration text: .txt .jsonl .parquet")] = None,
     eval_dataset: Annotated[
         str | None, typer.Option(metavar="FILE", help="Text for perplexity before and after.")
@@ -93,6 +97,7 @@ def prune(
             out=out,
             pattern=pattern,
             method=method,
+            permute=permute,
             dataset=dataset,
             eval_dataset=eval_dataset,
             sparsity=sparsity,

@@ -13,7 +13,7 @@ from sparsekit.cli.models import bytes_on_disk, load_model, load_tokenizer, need
 from sparsekit.cli.output import Output
 from sparsekit.evaluate import perplexity
 from sparsekit.formats import FORMATS
-from sparsekit.methods import METHODS, TRAINED
+from sparsekit.methods import METHODS, TRAINED, OneShot
 from sparsekit.nn import sparse_layers
 from sparsekit.patterns import parse_pattern
 from sparsekit.report import Report, show
@@ -27,6 +27,7 @@ class PruneOptions:
     out: str
     pattern: str
     method: str | None
+    permute: bool
     dataset: str | None
     eval_dataset: str | None
     sparsity: float
@@ -43,6 +44,16 @@ class PruneOptions:
     device: str | None
     bench: bool
 
+    def config(self) -> OneShot:
+        """Return the method's config, in which pattern, format and permute meet; the default method's if none is named.
+
+        Raises:
+            ValueError: they do not go together.
+        """
+        name = self.method or ("magnitude" if self.dataset is None else "sparsegpt")
+        format = None if self.format == "auto" else self.format
+        return METHODS.get(name)(pattern=self.pattern, sparsity=self.sparsity, permute=self.permute, format=format)
+
     def check(self) -> None:
         """Raise ValueError or FileNotFoundError for what can be seen to be wrong before a model is loaded."""
         parse_pattern(self.pattern)
@@ -52,8 +63,7 @@ class PruneOptions:
         FORMATS.check(self.format)
         if self.method in TRAINED:
             raise ValueError(f"--method {self.method} trains: use `sparsekit train {self.method}`")
-        if self.format != "auto":  # a method's config is where format and pattern meet
-            METHODS.get(self.method or "magnitude")(pattern=self.pattern, sparsity=self.sparsity, format=self.format)
+        self.config()
         if self.method is not None and METHODS.get(self.method).statistics is not None and self.dataset is None:
             raise ValueError(
                 f"--method {self.method} needs calibration text: pass --dataset FILE, or --method magnitude"
@@ -77,7 +87,7 @@ def run_prune(options: PruneOptions, output: Output) -> None:
     sk.sparsify(
         model,
         options.pattern,
-        method=options.method,
+        method=options.config() if options.permute else options.method,
         dataset=options.dataset,
         tokenizer=tokenizer,
         sparsity=options.sparsity,

@@ -67,9 +67,10 @@ def test_prune_to_a_quantised_format(tiny_model, text, tmp_path):
     [
         (["--format", "semi24_int5"], "unknown format 'semi24_int5'"),
         (["--format", "semi24_int4", "--pattern", "4:8"], "does not hold the pattern 4:8"),
+        (["--permute", "--pattern", "unstructured"], "permute=True is for N:M"),
     ],
 )
-def test_formats_that_do_not_fit_end_before_the_model_is_loaded(words, message, tmp_path):
+def test_what_does_not_fit_ends_before_the_model_is_loaded(words, message, tmp_path):
     result = run("prune", tmp_path / "no model", tmp_path / "out", *words, "-q")
     assert result.exit_code == 2 and message in " ".join(result.stderr.split())
 
@@ -81,6 +82,17 @@ def test_prune_dense_opens_anywhere(tiny_model, tmp_path):
     weights = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     zeros = {name: (w == 0).float().mean().item() for name, w in weights.items() if "proj" in name}
     assert all(share == (0.5 if "gate_proj" in name or "up_proj" in name else 0) for name, share in zeros.items())
+
+
+def test_prune_with_reordered_inputs(tiny_model, tmp_path):
+    for out, words in (("plain", ()), ("reordered", ("--permute",))):
+        result = run(
+            "prune", tiny_model, tmp_path / out, "--method", "magnitude", "--dense", "--no-bench", *words, "-q"
+        )
+        assert result.exit_code == 0, result.stderr
+    plain, reordered = (AutoModelForCausalLM.from_pretrained(tmp_path / out) for out in ("plain", "reordered"))
+    name = "model.layers.0.mlp.down_proj"
+    assert reordered.get_submodule(name).weight.abs().sum() > plain.get_submodule(name).weight.abs().sum()
 
 
 def test_prune_unstructured_says_that_it_gains_nothing(tiny_model, tmp_path):
