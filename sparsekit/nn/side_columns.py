@@ -179,8 +179,9 @@ def _best_scale(format: Format, columns: SideColumns, w_NK: Tensor, branch: Side
     w, S = w_NK[::step, first:], branch.S[::step]
     tail = replace(columns, in_features=K - first)
     best, least = 1.0, math.inf
-    middle = round(math.log2(largest_w / largest_S))
-    for exponent in range(middle - 4, middle + 5):  # of S; what lies on a grid already is found at the lowest that fits
+    middle, as_x = round(math.log2(largest_w / largest_S)), 0.5 * math.log2(var_z or 1.0)
+    # The powers of S that could be best; of equals, the one that makes z as large as x, for kernels that round x
+    for exponent in sorted(range(middle - 4, middle + 5), key=lambda power: abs(power - as_x)):
         scale = 2.0**-exponent
         rounded_w, rounded_S = tail.split(format.unpack(_pack(format, tail, w, S, scale, scales)), scale)
         error = (rounded_w.float() - w.float()).square().sum() + var_z * (rounded_S.float() - S.float()).square().sum()

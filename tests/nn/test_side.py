@@ -310,6 +310,11 @@ class TestPacked:
         scale = packed.side_scale.item()
         assert scale == 2.0 ** round(torch.tensor(scale).log2().item()), "a power of two: it rounds nothing"
 
+    @pytest.mark.parametrize("group", [4, 16, 64])
+    def test_where_the_grid_leaves_the_choice_z_is_as_large_as_x(self, group):
+        packed = SparseLinear.from_linear(make_side(16, 256, group), "semi24_int4")  # S has scales of its own
+        assert packed.side_scale.item() == group**-0.5
+
     def test_a_branch_of_zeros(self):
         side = make_side()
         side.side_S.data.zero_()
