@@ -33,7 +33,14 @@ from sparsekit.version import __version__
 
 _register_with_transformers()
 
-_TRAINING = {"AST": "ASTConfig", "ASTConfig": "ASTConfig", "ASTTrainer": "ASTTrainer"}
+_TRAINING = {
+    "AST": "ASTConfig",
+    "ASTConfig": "ASTConfig",
+    "ASTTrainer": "ASTTrainer",
+    "MaskLLM": "MaskLLMConfig",
+    "MaskLLMConfig": "MaskLLMConfig",
+    "MaskLLMTrainer": "MaskLLMTrainer",
+}
 """Name here -> name in `sparsekit.train`, which takes transformers along and so waits until it is asked for."""
 
 

@@ -2,5 +2,7 @@
 
 from sparsekit.train.ast_config import ASTConfig
 from sparsekit.train.ast_trainer import ASTTrainer
+from sparsekit.train.maskllm_config import MaskLLMConfig
+from sparsekit.train.maskllm_trainer import MaskLLMTrainer
 
-__all__ = ["ASTConfig", "ASTTrainer"]
+__all__ = ["ASTConfig", "ASTTrainer", "MaskLLMConfig", "MaskLLMTrainer"]
