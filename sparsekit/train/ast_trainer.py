@@ -297,7 +297,7 @@ class ASTTrainer(SparseTrainer):
 
         def loss() -> float:
             found = [self._losses_of(model, {"input_ids": ids, "labels": ids}, distils=True)[0] for ids in rows]
-            return sum(map(float, found)) / len(found)
+            return float(from_first_rank(torch.stack(found).mean()))
 
         try:
             model.eval()
@@ -305,6 +305,7 @@ class ASTTrainer(SparseTrainer):
                 batches = [{"input_ids": ids} for ids in rows]
                 student = self.accelerator.unwrap_model(model)
                 self.notes.append(refit_branches_(student, teacher, batches, run, loss))
+                same_on_all_ranks_(student, self.args)
         finally:
             model.train(was_training)
 

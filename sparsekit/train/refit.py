@@ -6,7 +6,7 @@ own layer while all the others stay, so together they can overshoot: of a full, 
 taken which lowers the loss most, and none where none does.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -63,31 +63,35 @@ def _changes(
     targets: dict[str, Tensor] = {}
     moments: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def gather(name: str, x: Tensor, y: Tensor) -> None:
-        z = layers[name].reduce(x).flatten(0, -2).float()
-        lack = (targets[name] - y).flatten(0, -2).float()
+    def gather(name: str, z: Tensor, y: Tensor) -> None:
+        z, lack = z.flatten(0, -2).float(), (targets[name] - y).flatten(0, -2).float()
         C, Z = moments.get(name, (torch.zeros((), device=z.device), torch.zeros((), device=z.device)))
         moments[name] = C + lack.T @ z, Z + z.T @ z
 
     for batch in batches:
-        with _watched({name: teacher.get_submodule(name) for name in layers}) as taught:
+        with _watched({name: teacher.get_submodule(name) for name in layers}, lambda layer, x: x) as taught:
             teacher(**batch)
         targets = {name: y for name, (_, y) in taught.items()}
-        with _watched(dict(layers)) as seen:
+        with _watched(layers, lambda layer, x: layer.reduce(x)) as seen:
             run(batch)
-        for name, (x, y) in seen.items():
-            gather(name, x, y)
+        for name, (z, y) in seen.items():
+            gather(name, z, y)
     return {name: fit_residual(C, Z) for name, (C, Z) in moments.items()}
 
 
 @contextmanager
-def _watched(layers: dict[str, nn.Module]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Yield a dict that gathers name -> (input, output) of the next forward."""
+def _watched(
+    layers: Mapping[str, nn.Module], of: Callable[[Any, Tensor], Tensor]
+) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Yield a dict that gathers name -> (what `of` makes of layer and input, output) of the next forward.
+
+    `of` is called in the forward, where the layer's parameters are whole even if they are sharded at other times.
+    """
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def keep(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            seen[name] = args[0].detach(), output.detach()
+            seen[name] = of(module, args[0].detach()), output.detach()
 
         return hook
 
