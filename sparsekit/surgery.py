@@ -62,16 +62,17 @@ def _put_in_order_(model: nn.Module, plan: Plan, snapshot: Snapshot) -> None:
     couplings = {name: coupling for coupling in find_couplings(model) for name in coupling.consumers}
     for name, perm in plan.perms.items():
         coupling = couplings.get(name)
-        if coupling is None or not coupling.can_permute:
+        if coupling is not None and perm.is_in(weight_NK(model.get_submodule(name))):
+            continue
+        if coupling is None or not coupling.can_permute:  # a side branch that sums inputs in groups forbids it, too
             raise ValueError(
                 f"the plan puts the inputs of {name} into another order, and what produces them cannot be found in "
                 "this model: apply the plan to a model of the architecture that it was made for"
             )
         channels = coupling.channel_order(perm.order)
-        if not perm.is_in(weight_NK(model.get_submodule(name))):
-            for part in (*coupling.consumers, *(producer.name for producer in coupling.producers)):
-                snapshot.remember(part)
-            fold_order_(model, coupling, channels)
+        for part in (*coupling.consumers, *(producer.name for producer in coupling.producers)):
+            snapshot.remember(part)
+        fold_order_(model, coupling, channels)
 
 
 def _install_branches_(model: nn.Module, plan: Plan) -> None:

@@ -184,3 +184,25 @@ def test_a_branch_that_cannot_be_applied_changes_nothing(what, monkeypatch):
         apply_(model, plan)
     assert same(model, before) and not side_layers(model)
     assert all(parameter is kept[key] for key, parameter in model.named_parameters())
+
+
+def test_orders_of_inputs_come_before_branches_and_are_not_asked_for_again():
+    model, fresh = tiny_model("llama"), tiny_model("llama")
+    plan = prune_(model, Magnitude(permute=True), progress=False)
+    assert plan.perms
+    for name, mask in plan.masks.items():
+        N, K = mask.shape
+        plan.side[name] = SideBranch(torch.randn(N, -(-K // 8)), None, 8)
+    apply_(fresh, plan)
+    before = copy.deepcopy(fresh)
+    assert all(
+        torch.equal(layer.weight, model.get_submodule(name).weight) for name, layer in side_layers(fresh).items()
+    )
+    assert same(apply_(fresh, plan), before)
+    other = tiny_model("llama")
+    for name, branch in plan.side.items():
+        install_side_(other, name, branch)
+    before = copy.deepcopy(other)
+    with pytest.raises(ValueError, match="into another order"):
+        apply_(other, plan)
+    assert same(other, before), "the sums of a frozen X know no other order"
