@@ -67,6 +67,12 @@ def test_one_row_is_dealt_perfectly():
     assert retained(scores[:, order], NM(2, 4)) == pytest.approx(44)
 
 
+def test_dealing_goes_there_and_back():
+    """Channels 0 … 11 from the strongest to the weakest, dealt to three groups."""
+    dealt = channel_order._dealt(torch.arange(12.0).flip(0), 4)
+    assert dealt.tolist() == [[0, 5, 6, 11], [1, 4, 7, 10], [2, 3, 8, 9]]
+
+
 def test_an_exchange_is_the_best_for_its_position():
     """Against all assignments of three channels to three groups, each tried out."""
     scores, pattern = scores_of(5, 12), NM(2, 4)
