@@ -20,7 +20,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-from quality import CASES, Case, load_ids, load_model, model_in, text_in
+from quality import CASES, Case, load_ids, load_model, model_in, random_chunks, text_in
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
@@ -53,6 +53,13 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 """Row -> what it changes of `sk.AST`'s defaults. "dense" stands beside them."""
 
+ONE_SHOT: dict[str, Any] = {
+    "SparseGPT, one shot": sk.SparseGPT(),
+    "ALPS, one shot": sk.ALPS(),
+    "magnitude, one shot": sk.Magnitude(),
+}
+"""Row -> method without training; learning rate, steps and batch mean nothing to it."""
+
 
 def train_dense_(model: Any, chunks: list[Tensor], args: TrainingArguments) -> None:
     data = training_samples(chunks, model)
@@ -72,12 +79,17 @@ def run(case: Case, root: Path, row: str, options: argparse.Namespace, seed: int
         "learning_rate": rate,
         "seed": seed,
         "save_strategy": "no",
+        "bf16": options.bf16,
         "use_cpu": not torch.cuda.is_available(),
         "disable_tqdm": True,
         "logging_steps": options.steps,
     }
     started = time.perf_counter()
-    if row == "dense":
+    if row in ONE_SHOT:
+        plan = sk.prune_(
+            model, ONE_SHOT[row], dataset=random_chunks(train, case.chunk, seed), seed=seed, progress=False
+        )
+    elif row == "dense":
         extra = {"lr_scheduler_type": "cosine", "warmup_steps": 0.05, "adam_beta2": 0.95, "report_to": "none"}
         train_dense_(model, chunks, TrainingArguments(**shared, **extra, remove_unused_columns=False))
         plan = None
@@ -94,6 +106,7 @@ def run(case: Case, root: Path, row: str, options: argparse.Namespace, seed: int
         "batch": options.batch,
         "tokens": options.steps * options.batch * case.chunk,
         "split": options.split,
+        "bf16": options.bf16,
         "perplexity": found.value,
         "seconds": seconds,
         "sparsity": None if plan is None else plan.sparsity,
@@ -102,7 +115,7 @@ def run(case: Case, root: Path, row: str, options: argparse.Namespace, seed: int
     }
 
 
-KEY = ("model", "row", "seed", "learning_rate", "steps", "batch", "split")
+KEY = ("model", "row", "seed", "learning_rate", "steps", "batch", "split", "bf16")
 
 
 def table(rows: list[dict[str, Any]]) -> Report:
@@ -143,18 +156,19 @@ def main() -> None:
     parser.add_argument("--learning-rates", type=lambda text: [float(rate) for rate in text.split(",")], default=[1e-3])
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--batch", type=int, default=24)
+    parser.add_argument("--bf16", action="store_true", help="train in bf16 autocast")
     parser.add_argument("--split", choices=["valid", "test"], default="valid")
     parser.add_argument("--work", type=Path, default=Path("ast-output"), help="where runs put their files")
     parser.add_argument("--table", action="store_true", help="train nothing, print the table of the file")
     options = parser.parse_args()
-    if wrong := [row for row in options.rows if row != "dense" and row not in ROWS]:
-        parser.error(f"--rows: {', '.join(wrong)} unknown; there are dense, {', '.join(ROWS)}")
+    if wrong := [row for row in options.rows if row not in ("dense", *ROWS, *ONE_SHOT)]:
+        parser.error(f"--rows: {', '.join(wrong)} unknown; there are dense, {', '.join([*ROWS, *ONE_SHOT])}")
     rows = [json.loads(line) for line in options.json.read_text().splitlines()] if options.json.exists() else []
     for case in CASES if not options.table else ():
         for seed in options.seeds if case.model in options.models else ():
             for row in options.rows:
                 for rate in options.learning_rates:
-                    asked = (case.model, row, seed, rate, options.steps, options.batch, options.split)
+                    asked = (case.model, row, seed, rate, options.steps, options.batch, options.split, options.bf16)
                     if any(tuple(done[name] for name in KEY) == asked for done in rows):
                         continue
                     rows.append(run(case, options.data, row, options, seed, rate))
