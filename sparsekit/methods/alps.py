@@ -6,9 +6,9 @@ V is the price of their difference:
 
     W <- (W0 H - V + rho D) (H + rho)^-1,    D <- what the pattern keeps of W + V / rho,    V <- V + rho (W - D)
 
-One eigendecomposition of H serves the inverses for all rho. rho grows while D still changes what it keeps, the faster
-the more it does; once D keeps the weights that it kept three steps before, that is the mask. The weights in it are then
-fitted by conjugate gradients, all rows at a time (section 3.3).
+rho grows while D still changes what it keeps, the faster the more it does; once D keeps the weights that it kept three
+steps before, that is the mask. The weights in it are then fitted by conjugate gradients, all rows at a time (section
+3.3).
 
 ADMM ends where it ends; with uncorrelated inputs, for one, that need not be the largest weights. So, beyond the paper,
 one exchange is tried at last: the mask of W + (W0 - W) H, a step down the gradient, is fitted too, and taken by the
@@ -79,7 +79,10 @@ class ALPS(OneShot):
         problem = _problem(statistics, self.dampening_frac)
         size = w_NK.abs().max().clamp_min(torch.finfo(torch.float32).tiny)  # squares are to stay within fp32
         w0_NK = (w_NK / size).masked_fill(problem.dead, 0) * problem.norms
-        keep = self._keep(w0_NK, problem)
+        try:
+            keep = self._keep(w0_NK, problem)
+        except torch.linalg.LinAlgError:
+            return pruned_by_wanda(self, w_NK, statistics, "its Hessian could not be factored")
         fit = fitted(w0_NK, keep, problem.H, self.max_fit_steps)
         self._exchange_(keep, fit, w0_NK, problem.H)
         weight = fit / problem.norms * size
@@ -131,44 +134,29 @@ class _Problem:
         H: fp32 [K, K].
         norms: fp32 [K]; a weight times these is one in the scaled coordinates.
         dead: boolean [K], input features that were zero on every token.
-        eigenvalues, eigenvectors: of H, fp32 [K] and [K, K].
     """
 
     H: Tensor
     norms: Tensor
     dead: Tensor
-    eigenvalues: Tensor
-    eigenvectors: Tensor
 
     def inverse(self, rho: float) -> Tensor:
-        """Return (H + rho)^-1."""
-        return (self.eigenvectors / (self.eigenvalues + rho)) @ self.eigenvectors.T
+        """Return (H + rho)^-1, or raise LinAlgError where H is no Hessian. No eigenvalue lies below rho, so fp32 is enough, whatever the condition of H.
+
+        Cholesky, not the paper's eigendecomposition: that costs several of these, and each inverse then as much again.
+        """
+        shifted = self.H.clone()
+        shifted.diagonal().add_(rho)
+        return torch.cholesky_inverse(torch.linalg.cholesky(shifted))
 
 
 def _problem(hessian: Hessian, dampening_frac: float) -> _Problem:
-    """Return the problem of a Hessian; it is kept there, so layers that share inputs share the work."""
-    key = ("alps", dampening_frac)
-    if key not in hessian.factors:
-        diagonal = hessian.matrix.diagonal()
-        dead = diagonal == 0
-        level = diagonal[~dead].mean()
-        damped = hessian.matrix + torch.diag(torch.where(dead, level, dampening_frac * level))
-        norms = damped.diagonal().sqrt()
-        H = damped / norms / norms[:, None]
-        eigenvalues, eigenvectors = _eigh(H)
-        # rounding may leave the least ones below zero, and rho is what bounds the inverse
-        hessian.factors[key] = _Problem(H, norms, dead, eigenvalues.clamp_min(0), eigenvectors)
-    found = hessian.factors[key]
-    assert isinstance(found, _Problem)
-    return found
-
-
-def _eigh(H: Tensor) -> tuple[Tensor, Tensor]:
-    try:
-        eigenvalues, eigenvectors = torch.linalg.eigh(H)
-    except torch.linalg.LinAlgError:  # no convergence in fp32, as happens with many equal eigenvalues
-        eigenvalues, eigenvectors = torch.linalg.eigh(H.double())
-    return eigenvalues.float(), eigenvectors.float()
+    diagonal = hessian.matrix.diagonal()
+    dead = diagonal == 0
+    level = diagonal[~dead].mean()
+    damped = hessian.matrix + torch.diag(torch.where(dead, level, dampening_frac * level))
+    norms = damped.diagonal().sqrt()
+    return _Problem(damped / norms / norms[:, None], norms, dead)
 
 
 def fitted(w0_NK: Tensor, keep: Tensor, H: Tensor, max_steps: int) -> Tensor:

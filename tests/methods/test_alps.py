@@ -103,30 +103,12 @@ def test_a_mask_from_fewer_steps_is_worse():
     assert output_error(w, many, x) < 0.95 * output_error(w, one, x)
 
 
-def test_layers_that_share_inputs_share_the_decomposition(monkeypatch):
-    calls = []
-    monkeypatch.setattr(alps, "_eigh", lambda H, real=alps._eigh: calls.append(1) or real(H))
-    statistics = hessian_of(correlated(64, 16))
-    for _ in range(3):
-        ALPS().decide(torch.randn(4, 16), statistics)
-    ALPS(dampening_frac=0.1).decide(torch.randn(4, 16), statistics)
-    assert len(calls) == 2
-
-
-def test_eigenvalues_in_fp64_where_fp32_finds_none(monkeypatch):
-    real = torch.linalg.eigh
-
-    def fails_in_fp32(matrix):
-        if matrix.dtype == torch.float32:
-            raise torch.linalg.LinAlgError("no convergence")
-        return real(matrix)
-
-    x, w = correlated(64, 16), torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
-    expected = ALPS().decide(w, hessian_of(x))
-    monkeypatch.setattr(torch.linalg, "eigh", fails_in_fp32)
-    found = ALPS().decide(w, hessian_of(x))
-    assert torch.equal(found.keep, expected.keep)
-    torch.testing.assert_close(found.weight, expected.weight)
+def test_inverses_are_exact_whatever_the_condition():
+    x = correlated(8, 40).repeat(30, 1)  # rank 8
+    problem = alps._problem(hessian_of(x), 1e-6)
+    assert torch.linalg.cond(problem.H.double()) > 1e5
+    exact = torch.linalg.inv(problem.H.double() + 0.1 * torch.eye(40))
+    assert (problem.inverse(0.1) - exact).abs().max() <= 1e-5 * exact.abs().max()
 
 
 def test_dead_inputs_lose_their_weights():
@@ -137,11 +119,17 @@ def test_dead_inputs_lose_their_weights():
     assert decision.notes == ("2 of 18 input features were always zero: their weights are now 0",)
 
 
-def test_silent_inputs_are_pruned_by_wanda():
-    w = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
-    decision = ALPS().decide(w, hessian_of(torch.zeros(3, 16)))
-    assert decision.weight is None and NM(2, 4).count_violations(decision.keep) == 0
-    assert decision.notes == ("its inputs were always zero: pruned by Wanda, without an update",)
+@pytest.mark.parametrize("broken", ["indefinite", "silent"])
+def test_what_is_no_hessian_is_left_to_wanda(broken):
+    statistics, w = hessian_of(correlated(64, 16)), torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
+    if broken == "indefinite":
+        statistics.matrix[0, 1] = statistics.matrix[1, 0] = 1e6
+    else:
+        statistics.matrix.zero_()
+    decision = ALPS().decide(w, statistics)
+    reason = {"indefinite": "its Hessian could not be factored", "silent": "its inputs were always zero"}[broken]
+    assert decision.weight is None and decision.notes == (f"{reason}: pruned by Wanda, without an update",)
+    assert torch.equal(decision.keep, Wanda().decide(w, statistics).keep)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
