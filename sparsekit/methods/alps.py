@@ -141,9 +141,12 @@ class _Problem:
     dead: Tensor
 
     def inverse(self, rho: float) -> Tensor:
-        """Return (H + rho)^-1, or raise LinAlgError where H is no Hessian. No eigenvalue lies below rho, so fp32 is enough, whatever the condition of H.
+        """Return (H + rho)^-1. No eigenvalue lies below rho, so fp32 is enough, whatever the condition of H.
 
         Cholesky, not the paper's eigendecomposition: that costs several of these, and each inverse then as much again.
+
+        Raises:
+            LinAlgError: H is no Hessian.
         """
         shifted = self.H.clone()
         shifted.diagonal().add_(rho)

@@ -6,7 +6,7 @@ import torch
 from sparsekit.calibration import Hessian
 from sparsekit.methods import ALPS, RIA, Magnitude, SparseGPT, Wanda, alps
 from sparsekit.methods.alps import fitted
-from sparsekit.patterns import NM, parse_pattern
+from sparsekit.patterns import parse_pattern
 
 
 def hessian_of(x_MK):
