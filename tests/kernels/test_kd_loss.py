@@ -95,6 +95,18 @@ def test_matches_autograd(function, M, V, dtype, reverse):
 
 
 @both
+@pytest.mark.parametrize("reverse", [False, True])
+def test_logits_that_rise_or_fall_along_the_row(function, reverse):
+    """What was summed up to a new maximum counts less from there on, in the student's row and in the teacher's."""
+    _, _, labels = problem(5, 4500)
+    ramp = torch.linspace(-3, 3, 4500, device=DEVICE)
+    slopes = torch.tensor([[-1.0, 1.0], [1.0, 1.0], [1.0, -1.0], [2.0, 1.0], [1.0, 0.0]], device=DEVICE)
+    labels[:] = torch.tensor([0, 2047, 2048, 4499, 4096])
+    student, teacher = (slopes[:, n, None] * ramp for n in range(2))
+    assert_right(function, student, teacher.contiguous(), labels, **WEIGHTS, reverse=reverse)
+
+
+@both
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
 @pytest.mark.parametrize("kd_weight,ce_weight", [(1.0, 0.0), (0.0, 1.0), (3.0, 2.0)])
 def test_weights_and_temperature(function, kd_weight, ce_weight, temperature):
