@@ -502,10 +502,8 @@ class TestSideBranches:
         assert f", {8 * stored / num_weights:.3g} bits for each dense weight." in card
         assert f"{len(sparse_layers(model))} of them have a low-rank side branch" in card
         on_disk = load_file(tmp_path / "a/model.safetensors")
-        packed_keys = [
-            key for key in on_disk if key.rpartition(".")[2] in ("values", "meta", "scales", "side_X", "side_scale")
-        ]
-        assert sum(on_disk[key].nbytes for key in packed_keys) == stored
+        parts = {"values", "meta", "scales", "side_X", "side_X_scale", "side_scale"}
+        assert sum(part.nbytes for key, part in on_disk.items() if key.rpartition(".")[2] in parts) == stored
 
     def test_plain_layers_stay_readable_by_what_knows_no_branches(self, packed):
         _, folder = packed
@@ -563,7 +561,7 @@ class TestSideBranches:
         with pytest.raises(CheckpointError, match=message.replace("NAME", name)):
             sk.load(tmp_path / "m")
 
-    @pytest.mark.parametrize("part", ["side_X", "side_scale"])
+    @pytest.mark.parametrize("part", ["side_X_scale", "side_scale"])
     def test_a_missing_or_damaged_part_is_named(self, part, tmp_path):
         model = sk.pack_(with_branches(tiny(), rank=3), "semi24_int8")
         for damage in ("gone", "nan"):

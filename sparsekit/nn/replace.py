@@ -82,10 +82,11 @@ def grid_of(layer: nn.Module, w_NK: Tensor) -> tuple[str, Tensor] | None:
             return None
         if not isinstance(layer, SideLinear):
             return format, own
-        packed, columns, scale = pack_with_side(kind, w_NK, layer.branch, scales)
+        packed, columns, beside = pack_with_side(kind, w_NK, layer.branch, scales)
     except ValueError:  # of another shape: the layer has been resized since
         return None
-    return format, scales if torch.equal(columns.split(kind.unpack(packed), scale)[1], layer.side_S) else own
+    _, S = columns.split(kind.unpack(packed), beside["side_scale"])
+    return format, scales if torch.equal(S, layer.side_S) else own
 
 
 def dense_layer(layer: SparseLinear) -> nn.Module:

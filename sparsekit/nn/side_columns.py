@@ -13,6 +13,7 @@ smaller than W, is brought to where the grid is used best. Multiplying by it cos
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -86,6 +87,22 @@ class SideColumns:
         """Columns of W', a multiple of 8: rows of x' then begin where vectors do."""
         return self.first + -(-self.rank // 4) * 8
 
+    def parts_beside(self, dtype: torch.dtype, lossless: bool) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Return name -> (shape, dtype) of what the branch has beside W': X, and what z is multiplied by.
+
+        Args:
+            dtype: of the weight.
+            lossless: whether the format rounds nothing; else X has 8 bits, too.
+        """
+        parts: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        if self.has_X:
+            parts["side_X"] = (self.rank, self.in_features), dtype if lossless else torch.int8
+        if self.has_X and not lossless:
+            parts["side_X_scale"] = (self.rank,), dtype
+        if not lossless:
+            parts["side_scale"] = (), dtype
+        return parts
+
     def num_numbers(self, N: int) -> int:
         """How many numbers the branch of a weight with N rows stores, its zeros apart."""
         return N * self.rank + (self.rank * self.in_features if self.has_X else 0)
@@ -122,10 +139,27 @@ class SideColumns:
         return F.pad(columns, (before, after)) if before or after else columns
 
 
+def X_of(beside: Mapping[str, Tensor | None]) -> Tensor | None:
+    """Return X in the weight's dtype, from `parts_beside`; None for the block indicator."""
+    X, scale = beside.get("side_X"), beside.get("side_X_scale")
+    return X if X is None or scale is None else X.to(scale.dtype) * scale[:, None]
+
+
+def _round_X(X: Tensor) -> tuple[Tensor, Tensor]:
+    """Return X [r, K] as int8 numbers and a power of two for each row, [r] in X's dtype.
+
+    What they stand for is exact in 16 bits, and comes out of this the same again. 127 is half used at worst.
+    """
+    exponent = (X.float().abs().amax(1) / 127).log2().ceil().clamp_(min=-24).to(torch.int32)
+    scale = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent)
+    numbers = (X.float() / scale[:, None]).round().clamp_(-127, 127)
+    return numbers.to(torch.int8), scale.to(X.dtype)
+
+
 def pack_with_side(
     format: Format, w_NK: Tensor, branch: SideBranch, scales: Tensor | None = None
-) -> tuple[PackedWeight, SideColumns, float]:
-    """Return W' in a packed format, where the branch lies in it, and what z is to be multiplied by.
+) -> tuple[PackedWeight, SideColumns, dict[str, Tensor]]:
+    """Return W' in a packed format, where the branch lies in it, and what it has beside it, see `parts_beside`.
 
     Args:
         format: one that `holds_side`.
@@ -145,7 +179,11 @@ def pack_with_side(
         raise NonFiniteError("the side branch holds NaN or infinity: mend it before packing")
     columns = SideColumns(w_NK.shape[1], branch.rank, branch.group, branch.X is not None)
     scale = 1.0 if format.lossless else _best_scale(format, columns, w_NK, branch, scales)
-    return _pack(format, columns, w_NK, branch.S, scale, scales), columns, scale
+    packed = _pack(format, columns, w_NK, branch.S, scale, scales)
+    if format.lossless:
+        return packed, columns, {} if branch.X is None else {"side_X": branch.X.clone()}
+    rounded = {} if branch.X is None else dict(zip(("side_X", "side_X_scale"), _round_X(branch.X), strict=True))
+    return packed, columns, {**rounded, "side_scale": w_NK.new_tensor(scale)}
 
 
 def _pack(

@@ -15,7 +15,7 @@ from sparsekit.errors import CheckpointError, NonFiniteError, Unsupported
 from sparsekit.formats import FORMATS, PackedWeight, WeightSpec
 from sparsekit.formats.base import with_dtype
 from sparsekit.nn.side import SideLinear
-from sparsekit.nn.side_columns import SideColumns, pack_with_side
+from sparsekit.nn.side_columns import SideColumns, X_of, pack_with_side
 from sparsekit.ops import SparseOp
 from sparsekit.plan import SideBranch
 
@@ -95,10 +95,9 @@ class SparseLinear(nn.Linear):
         self.group: FusedGroup | None = None
         for name, (shape, dtype) in FORMATS.get(spec.format).parts(spec).items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
-        if side is not None and side.has_X:
-            self.register_buffer("side_X", torch.empty(side.rank, side.in_features, dtype=spec.dtype, device=device))
-        if side is not None and not FORMATS.get(spec.format).lossless:
-            self.register_buffer("side_scale", torch.empty((), dtype=spec.dtype, device=device))
+        if side is not None:
+            for name, (shape, dtype) in side.parts_beside(spec.dtype, FORMATS.get(spec.format).lossless).items():
+                self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
         if bias:
             self.bias = nn.Parameter(torch.empty(spec.out_features, dtype=spec.dtype, device=device))
         else:
@@ -130,18 +129,15 @@ class SparseLinear(nn.Linear):
         """
         if not bool(torch.isfinite(w_NK).all()):
             raise NonFiniteError("the weight holds NaN or infinity: mend it before packing")
-        kind, side, scale = FORMATS.get(format), None, 1.0
+        kind, side, beside = FORMATS.get(format), None, dict[str, Tensor]()
         if branch is None:
             packed = kind.pack(w_NK.detach(), scales)
         else:
-            packed, side, scale = pack_with_side(kind, w_NK.detach(), branch, scales)
+            packed, side, beside = pack_with_side(kind, w_NK.detach(), branch, scales)
         resolve(backend, packed.spec, w_NK.device, prefill)
         layer = cls(packed.spec, bias=False, backend=backend, prefill=prefill, source=source, side=side, device="meta")
         layer._set_canonical(packed)
-        if branch is not None and branch.X is not None:
-            layer.side_X = branch.X.clone()
-        if "side_scale" in layer._buffers:
-            layer.side_scale = w_NK.new_tensor(scale)
+        layer._buffers.update(beside)
         if bias is not None:
             layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias.detach().clone())
         layer.prepare_()
@@ -249,11 +245,11 @@ class SparseLinear(nn.Linear):
         if self.side is None:
             return None
         S = self.side.split(self._unpacked(), self._buffers.get("side_scale"))[1]
-        X = self._buffers.get("side_X")
+        X = X_of(self._buffers)
         return SideBranch(S, None if X is None else X.clone(), self.side.group)
 
     def side_tensors(self) -> dict[str, Tensor]:
-        """Return what the side branch has beside the packed weight: X, and what z is multiplied by."""
+        """Return what the side branch has beside the packed weight, see `SideColumns.parts_beside`."""
         return {name: tensor for name in _SIDE if (tensor := self._buffers.get(name)) is not None}
 
     def _unpacked(self) -> Tensor:
@@ -326,7 +322,7 @@ class SparseLinear(nn.Linear):
         """Return what the packed weight multiplies: x [..., K] and behind it the input of the side branch, if any."""
         if self.side is None:
             return x
-        return self.side.extend(x, self._buffers.get("side_X"), self._buffers.get("side_scale"))
+        return self.side.extend(x, X_of(self._buffers), self._buffers.get("side_scale"))
 
     def own_bias(self) -> Tensor | None:
         """Return `bias`, by the short way where there is one: a parametrized bias is no parameter."""
@@ -351,7 +347,7 @@ class SparseLinear(nn.Linear):
 
     def _validate_side(self) -> None:
         for name, tensor in self.side_tensors().items():
-            if not bool(tensor.isfinite().all()) or (name == "side_scale" and not float(tensor) > 0):
+            if not bool(tensor.isfinite().all()) or (name != "side_X" and not bool((tensor > 0).all())):
                 raise CheckpointError(
                     f"{name} holds NaN, infinity or no scale: the checkpoint is damaged, fetch it again"
                 )
@@ -415,7 +411,7 @@ class SparseLinear(nn.Linear):
             packed = FORMATS.get(self.format).cast(packed, moved.dtype)
         for name in [name for name in self._buffers if name not in _SIDE]:
             self._buffers[name] = None
-        super()._apply(fn, recurse)
+        super()._apply(lambda tensor: fn(tensor) if tensor.is_floating_point() else _moved(fn, tensor), recurse)
         self._set_canonical(packed)
         if was_prepared or self.group is not None:
             self._settle()
@@ -477,7 +473,7 @@ class SparseLinear(nn.Linear):
                 bias.copy_(bias_values)
 
 
-_SIDE = ("side_X", "side_scale")
+_SIDE = ("side_X", "side_X_scale", "side_scale")
 
 
 def _moved(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:

@@ -310,6 +310,24 @@ class TestPacked:
         scale = packed.side_scale.item()
         assert scale == 2.0 ** round(torch.tensor(scale).log2().item()), "a power of two: it rounds nothing"
 
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_an_X_of_8_bits(self, dtype):
+        side = make_side(16, 250, rank=5, dtype=dtype)
+        side.side_X.data[0] = 0
+        side.side_X.data[1] *= 1e-3
+        side.side_X.data[2] *= 300
+        side.side_X.data[3] = 127 / 64
+        packed = SparseLinear.from_linear(side, "semi24_int8")
+        X = packed.side_branch().X
+        steps = packed.side_X_scale
+        assert packed.side_X.dtype == torch.int8 and bool((steps == steps.log2().round().exp2()).all())
+        assert X.dtype == dtype and bool(((X - side.side_X).abs() <= steps[:, None] / 2).all())
+        largest = packed.side_X.abs().amax(1)
+        assert largest[0] == 0 and bool((largest[1:] > 63).all()), "seven bits at least"
+        assert torch.equal(X[3], side.side_X[3])
+        again = SparseLinear.from_linear(dense_layer(packed), "semi24_int8")
+        assert torch.equal(again.side_branch().X, X) and torch.equal(again.side_X, packed.side_X)
+
     @pytest.mark.parametrize("group", [4, 16, 64])
     def test_where_the_grid_leaves_the_choice_z_is_as_large_as_x(self, group):
         packed = SparseLinear.from_linear(make_side(16, 256, group), "semi24_int4")  # S has scales of its own
@@ -323,7 +341,7 @@ class TestPacked:
             assert not packed.side_branch().S.any() and packed(input_of(2, 40)).isfinite().all()
 
     def test_bits_are_counted(self):
-        """2:4 int4 is 3.125 bits; a branch at group 16 adds an eighth. An X of its own adds 16 bits a number."""
+        """2:4 int4 is 3.125 bits; a branch at group 16 adds an eighth. An X of its own adds 8 bits a number."""
         N, K = 64, 1024
         side = make_side(N, K, dtype=torch.bfloat16, bias=False)
         bits = {name: 8 * SparseLinear.from_linear(side, name).packed_bytes() / (N * K) for name in FORMATS24}
@@ -333,7 +351,7 @@ class TestPacked:
         own_X = SparseLinear.from_linear(make_side(N, K, rank=64, dtype=torch.bfloat16), "semi24_int4")
         plain = SparseLinear.from_dense(side.weight.detach(), format="semi24_int4")
         added = 8 * (own_X.packed_bytes() - plain.packed_bytes()) / (N * K)
-        assert added == pytest.approx(16 * 64 / N + 3.125 / 8, rel=1e-3)
+        assert added == pytest.approx(8 * 64 / N + 3.125 / 8 + 16 * 64 / (N * K), rel=1e-3)
         assert own_X.dense_bytes() == plain.dense_bytes() == N * K * 2
 
     def test_refusals(self):
@@ -410,7 +428,8 @@ class TestAsAnyLayer:
             assert torch.equal(copied(x), packed(x))
         half = copy.deepcopy(packed).to(torch.bfloat16)
         assert half.spec.dtype == torch.bfloat16 and half(x.bfloat16()).dtype == torch.bfloat16
-        assert all(tensor.dtype == torch.bfloat16 for tensor in half.side_tensors().values())
+        beside = packed.side.parts_beside(torch.bfloat16, FORMATS.get(format).lossless)
+        assert {name: (tensor.shape, tensor.dtype) for name, tensor in half.side_tensors().items()} == beside
         assert (half(x.bfloat16()).float() - packed(x)).norm() / packed(x).norm() < 0.01
         assert {tensor.device.type for tensor in copy.deepcopy(packed).to("meta").state_dict().values()} == {"meta"}
 
@@ -422,10 +441,9 @@ class TestAsAnyLayer:
     def test_the_state_dict(self, format, rank):
         packed, x = self.make(format, rank), input_of(3, 40)
         state = packed.state_dict()
-        beside = {"side_X"} if rank else set()
-        assert state.keys() - {"bias"} == {*FORMATS.get(format).names, *beside} | (
-            set() if FORMATS.get(format).lossless else {"side_scale"}
-        )
+        rounded = not FORMATS.get(format).lossless
+        beside = ["side_X"] * bool(rank) + ["side_X_scale"] * (bool(rank) and rounded) + ["side_scale"] * rounded
+        assert list(state) == ["bias", *FORMATS.get(format).names, *beside]
         empty = SparseLinear(packed.spec, side=packed.side, device="meta").to_empty(device="cpu")
         empty.load_state_dict(state)
         assert torch.equal(empty(x), packed(x))
@@ -436,7 +454,7 @@ class TestAsAnyLayer:
     def test_a_damaged_one_leaves_the_layer_as_it_was(self, format, rank):
         packed, x = self.make(format, rank), input_of(3, 40)
         before = packed(x)
-        for name in packed.side_tensors():
+        for name in packed.side_tensors().keys() - {"side_X" if format != "semi24" else ""}:
             damaged = {key: tensor.clone() for key, tensor in packed.state_dict().items()}
             damaged[name].fill_(float("nan"))
             with pytest.raises(RuntimeError, match=f"{name} holds NaN"):
