@@ -7,15 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekit.archs import Coupling, find_blocks, find_couplings, fold_order_
-from sparsekit.calibration import Statistics, Walk, load_samples
+from sparsekit.archs import Coupling, find_blocks, find_couplings, fold_order_, fold_scales_
+from sparsekit.calibration import Hessian, Statistics, Walk, load_samples
 from sparsekit.errors import NonFiniteError
 from sparsekit.masks import Mask
-from sparsekit.methods import Decision, Magnitude, OneShot, Trained, is_trained, method_config
+from sparsekit.methods import AWQ, Decision, Magnitude, OneShot, Trained, is_trained, method_config
 from sparsekit.methods.channel_order import coupled_order
-from sparsekit.nn import remember_grid_
+from sparsekit.methods.grid import is_quantised
+from sparsekit.methods.wide import WideWeight
+from sparsekit.nn import SideLinear, remember_grid_
 from sparsekit.patterns import NM
-from sparsekit.plan import InputOrder, MadeBy, Plan
+from sparsekit.plan import InputOrder, MadeBy, Plan, SideBranch
 from sparsekit.progress import Progress, progress_bar
 from sparsekit.snapshot import Snapshot, restored_on_failure
 from sparsekit.targets import Entry, find_targets, set_weight_NK_, show_entries, weight_NK
@@ -85,7 +87,7 @@ def prune_(
         config=config.to_dict(),
         base_model=_name_of(model),
         seed=seed,
-        versions=_versions(),
+        versions=installed_versions(),
         updates_weights=config.updates_weights,
         targets=show_entries(targets),
         ignore=show_entries(ignore),
@@ -97,6 +99,7 @@ def prune_(
         pruner = _Pruner(config, plan, snapshot)
         if config.permute and not pruner.reorderable(layers):
             plan.notes.append("permute=True: no layer has inputs that what produces them could give in another order")
+        pruner.note_unscalable(layers)
         if config.statistics is None:
             with progress_bar(f"{config.name} {config.pattern}", len(layers), progress) as bar:
                 pruner.reorder_(layers, {})
@@ -122,6 +125,10 @@ def prune_(
                             statistics = walk.measure(step, config.statistics)
                             with walk.unchanged(step, pruner.reorderable(step.layers)):
                                 statistics = pruner.reorder_(step.layers, statistics)
+                            if pruner.scales:  # after the masks, which it must not change
+                                pruner.prune_unrounded_(step.layers, statistics)
+                                with walk.unchanged(step, pruner.scalable(step.layers), "method='sparsegpt'"):
+                                    statistics = pruner.scale_(step.layers, statistics)
                             pruner.prune_(step.layers, statistics)
                         walk.finish(step)
                         bar.advance()
@@ -136,22 +143,44 @@ class _Pruner:
 
     def __init__(self, config: OneShot, plan: Plan, snapshot: Snapshot) -> None:
         self.config, self.plan, self.snapshot = config, plan, snapshot
-        self._couplings = find_couplings(snapshot.model) if config.permute else []
+        self.scales = isinstance(config, AWQ) and is_quantised(config.format)
+        self._couplings = find_couplings(snapshot.model) if config.permute or self.scales else []
         self._said: dict[str, list[str]] = {}
 
     def reorderable(self, layers: dict[str, nn.Module]) -> list[str]:
         """Return which of the layers may have their inputs reordered."""
-        return [name for coupling in self._couplings_of(layers) for name in coupling.consumers]
+        return [name for coupling in self._reorderable(layers) for name in coupling.consumers]
 
-    def _couplings_of(self, layers: dict[str, nn.Module]) -> list[Coupling]:
-        return [each for each in self._couplings if each.can_permute and layers.keys() >= set(each.consumers)]
+    def scalable(self, layers: dict[str, nn.Module]) -> list[str]:
+        """Return which of the layers may have their inputs scaled, without those whose outputs may be."""
+        couplings = self._scalable(layers)
+        producers = {producer.name for coupling in couplings for producer in coupling.producers}
+        return [name for coupling in couplings for name in coupling.consumers if name not in producers]
+
+    def _reorderable(self, layers: dict[str, nn.Module]) -> list[Coupling]:
+        couplings = self._couplings if self.config.permute else []
+        return [each for each in couplings if each.can_permute and layers.keys() >= set(each.consumers)]
+
+    def _scalable(self, layers: dict[str, nn.Module]) -> list[Coupling]:
+        couplings = self._couplings if self.scales else []
+        return [each for each in couplings if each.can_scale and layers.keys() >= set(each.consumers)]
+
+    def note_unscalable(self, layers: dict[str, nn.Module]) -> None:
+        """Say which inputs cannot be scaled, where they are to be."""
+        if not self.scales:
+            return
+        if not self._scalable(layers):
+            self.plan.notes.append(f"{self.config.name}: no layer has inputs that what produces them could give scaled")
+        for name, layer in layers.items():
+            if isinstance(layer, SideLinear) and layer.side_X is None:
+                self._say("its inputs were not scaled, for its side branch sums them in groups", name)
 
     def reorder_(
         self, layers: dict[str, nn.Module], statistics: dict[str, Statistics | None]
     ) -> dict[str, Statistics | None]:
         """Put inputs into the order that keeps most, with what produces them, and return the statistics in it, too."""
         pattern, reordered = self.config.parsed_pattern, dict(statistics)
-        for coupling in self._couplings_of(layers):
+        for coupling in self._reorderable(layers):
             names = coupling.consumers
             known = [statistics.get(name) for name in names]
             if self.config.statistics is not None and None in known:
@@ -171,28 +200,76 @@ class _Pruner:
             fold_order_(self.snapshot.model, coupling, order)
         return reordered
 
+    @torch.no_grad()
+    def prune_unrounded_(self, layers: dict[str, nn.Module], statistics: dict[str, Statistics | None]) -> None:
+        """Prune the weights that do not obey the pattern yet, and round nothing."""
+        assert isinstance(self.config, AWQ)
+        for name, seen in statistics.items():
+            if isinstance(seen, Hessian):
+                decision = self.config.pruned(weight_NK(layers[name]).float(), seen)
+                if decision.weight is not None:
+                    self._write_(name, layers[name], decision)
+
+    def scale_(
+        self, layers: dict[str, nn.Module], statistics: dict[str, Statistics | None]
+    ) -> dict[str, Statistics | None]:
+        """Scale inputs so that rounding costs least, with what produces them; return the statistics so scaled, too."""
+        assert isinstance(self.config, AWQ)
+        scaled = dict(statistics)
+        for coupling in self._scalable(layers):
+            seen = statistics.get(coupling.consumers[0])
+            if not isinstance(seen, Hessian) or any(statistics.get(name) is None for name in coupling.consumers):
+                continue
+            scales = self.config.input_scales(coupling, [weight_NK(layers[name]) for name in coupling.consumers], seen)
+            if scales is None:
+                continue
+            for part in (*coupling.consumers, *(producer.name for producer in coupling.producers)):
+                self.snapshot.remember(part)
+            fold_scales_(self.snapshot.model, coupling, scales)
+            scaled |= dict.fromkeys(coupling.consumers, seen.scaled(scales[coupling.source.to(scales.device)]))
+        return scaled
+
     def prune_(
         self, layers: dict[str, nn.Module], statistics: dict[str, Statistics | None], bar: Progress | None = None
     ) -> None:
         # In the order in which the layers ran, so that those that share statistics follow one another.
         for name in statistics or layers:
             layer = layers[name]
-            decision = self._decide(weight_NK(layer), statistics.get(name))
-            w_NK = _pruned(weight_NK(layer), decision)
-            if not w_NK.isfinite().all():
-                raise NonFiniteError(
-                    f"the pruned weight of {name} does not fit {w_NK.dtype}: prune the model in bfloat16"
-                )
-            self.snapshot.remember(name)
-            set_weight_NK_(layer, w_NK)
-            self.plan.masks[name] = Mask(self.config.parsed_pattern, decision.keep).to("cpu")
-            if decision.scales is not None and self.config.format is not None:
-                self.plan.scales[name] = decision.scales.cpu()
-                remember_grid_(layer, self.config.format, self.plan.scales[name])
-            for note in decision.notes:
-                self._said.setdefault(note, []).append(name)
+            if isinstance(layer, SideLinear) and self.config.format is not None and is_quantised(self.config.format):
+                self._write_wide_(name, layer, statistics.get(name))
+            else:
+                self._write_(name, layer, self._decide(weight_NK(layer), statistics.get(name)))
             if bar is not None:
                 bar.advance(1, name)
+
+    def _write_wide_(self, name: str, layer: SideLinear, statistics: Statistics | None) -> None:
+        """Round a weight together with the branch beside it."""
+        assert self.config.format is not None
+        wide = WideWeight.of(layer, self.config.parsed_pattern, self.config.format)
+        decision, S = wide.split(self._decide(wide.weight, wide.statistics(statistics)))
+        self._write_(name, layer, decision)
+        with torch.no_grad():
+            layer.side_S.copy_(S)
+            if layer.side_X is not None and wide.X is not None:
+                layer.side_X.copy_(wide.X)
+        X = None if layer.side_X is None else layer.side_X.detach().cpu().clone()
+        self.plan.side[name] = SideBranch(layer.side_S.detach().cpu().clone(), X, layer.group)
+
+    def _write_(self, name: str, layer: nn.Module, decision: Decision) -> None:
+        w_NK = _pruned(weight_NK(layer), decision)
+        if not w_NK.isfinite().all():
+            raise NonFiniteError(f"the pruned weight of {name} does not fit {w_NK.dtype}: prune the model in bfloat16")
+        self.snapshot.remember(name)
+        set_weight_NK_(layer, w_NK)
+        self.plan.masks[name] = Mask(self.config.parsed_pattern, decision.keep).to("cpu")
+        if decision.scales is not None and self.config.format is not None:
+            self.plan.scales[name] = decision.scales.cpu()
+            remember_grid_(layer, self.config.format, self.plan.scales[name])
+        for note in decision.notes:
+            self._say(note, name)
+
+    def _say(self, note: str, name: str) -> None:
+        self._said.setdefault(note, []).append(name)
 
     @torch.no_grad()
     def _decide(self, w_NK: Tensor, statistics: Statistics | None) -> Decision:
@@ -252,7 +329,8 @@ def _name_of(model: nn.Module) -> str:
     return str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
 
 
-def _versions() -> dict[str, str]:
+def installed_versions() -> dict[str, str]:
+    """Return the versions that a result depends on, for `MadeBy`."""
     found = {"sparsekit": __version__}
     for name, package in (("torch", "torch"), ("transformers", "transformers")):
         try:

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from sparsekit.errors import Unsupported
 from sparsekit.formats import FORMATS
 from sparsekit.methods.grid import is_quantised
 from sparsekit.plan import Plan
@@ -24,7 +25,8 @@ class ASTConfig(SparseTrainingArguments):
 
     Attributes:
         start: first mask: the name of a one-shot method, or a `Plan`. A method that updates the kept weights gives
-            those too; what it removes keeps its dense value, and can come back.
+            those too; what it removes starts from its dense value, cut to the smallest kept one of its group, and
+            comes back when it outgrows one.
         mask_update_steps: optimizer steps between two choices of the mask (section 3.1: 10). 0 keeps the first mask.
         masked_decay_kind: how removed weights are pulled to zero, see `sparsekit.train.optimizer`.
         masked_decay: lambda at its peak (eq. 4). "auto" needs no search: in the decoupled form it is chosen so that
@@ -98,12 +100,15 @@ class ASTConfig(SparseTrainingArguments):
             raise ValueError(f"mask_update_steps={self.mask_update_steps!r} must be a whole number; 0 keeps the mask")
         if self.slorb_group is not None and (not isinstance(self.slorb_group, int) or self.slorb_group < 2):
             raise ValueError(f"slorb_group={self.slorb_group!r} must be a whole number of inputs, as 16, or None")
-        if self.slorb_init == "svd" and self.slorb_group is not None and not self.slorb_train_x:
-            self.slorb_train_x = True  # its X is no block indicator, so it is stored in any case
         if self.format is not None:
             FORMATS.get(self.format)
             if not is_quantised(self.format) or self.pattern != "2:4":
                 raise ValueError(f"format={self.format!r}: training rounds for the quantised formats of 2:4 weights")
+            if self.quantise_ratio > self.mask_freeze_ratio:
+                raise ValueError(
+                    f"quantise_ratio={self.quantise_ratio} is above mask_freeze_ratio={self.mask_freeze_ratio}, and "
+                    "weights are rounded once their masks stay: lower the one or raise the other"
+                )
         if self.square_head_weight and self.teacher_cache:
             raise ValueError("square_head_weight needs the teacher's hidden states, which teacher_cache does not hold")
 
@@ -133,6 +138,11 @@ class ASTConfig(SparseTrainingArguments):
         teacher = copy.deepcopy(model) if config.needs_teacher else None
         with restored_whole_on_failure(model, twin=teacher):
             trainer = ASTTrainer(model, config, dataset, processing_class=tokenizer, teacher=teacher)
+            if trainer.is_fsdp_enabled:
+                raise Unsupported(
+                    "prune_ gives the model itself back, and FSDP leaves it in shards: use sparsekit.ASTTrainer, and "
+                    "its plan() and trained_model()"
+                )
             trainer.train()
             return trainer.plan()
 

@@ -18,16 +18,18 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from sparsekit.archs import vocabulary_size
 from sparsekit.calibration import Hessian, Walk, load_samples
-from sparsekit.errors import PatternError
+from sparsekit.errors import PatternError, Unsupported
+from sparsekit.interrupt import uninterrupted
 from sparsekit.masks import Mask
 from sparsekit.methods import method_config
+from sparsekit.nn.places import replace_layer_
 from sparsekit.nn.side import block_indicator, install_side_, side_layers
 from sparsekit.patterns import NM, parse_pattern
 from sparsekit.plan import MadeBy, Plan, SideBranch
-from sparsekit.prune import prune_
+from sparsekit.prune import installed_versions, prune_
 from sparsekit.targets import find_targets, is_conv1d, set_weight_NK_, weight_NK
 from sparsekit.train.ast_config import ASTConfig
-from sparsekit.train.data import IGNORED
+from sparsekit.train.data import IGNORED, collate
 from sparsekit.train.distill import TeacherOutput, TopK, distillation_loss, square_head
 from sparsekit.train.lowrank import fit_side
 from sparsekit.train.optimizer import MaskedAdamW, MaskStatistics
@@ -56,6 +58,7 @@ class ASTTrainer(SparseTrainer):
         **kwargs: of `transformers.Trainer`.
     Raises:
         ValueError: bad arguments or data, or a teacher with another vocabulary.
+        Unsupported: DeepSpeed or FSDP1.
     """
 
     args: ASTConfig
@@ -72,9 +75,16 @@ class ASTTrainer(SparseTrainer):
     ) -> None:
         layers = find_targets(model, args.targets, args.ignore)
         super().__init__(model, args, train_dataset, eval_dataset, processing_class, **kwargs)
+        if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.state.is_fsdp2):
+            raise Unsupported(
+                "DeepSpeed and FSDP1 cut weights into flat pieces, and masks need whole groups of a row: use FSDP2 "
+                "(fsdp_config={'version': 2}) or DDP"
+            )
         self.layer_names = list(layers)
         self.teacher: Teacher | None = None
         if args.needs_teacher:
+            if teacher is model:
+                raise ValueError("teacher is the model itself, which trains: leave it out, and a copy is made")
             teacher = copy.deepcopy(model) if teacher is None else teacher
             _refuse_other_vocabulary(model, teacher)
             self.teacher = Teacher(teacher.to(args.device))
@@ -84,6 +94,11 @@ class ASTTrainer(SparseTrainer):
             self.train_dataset = cache.attach(self.train_samples, args.temperature, vocabulary_size(model))
         self.mask_statistics: MaskStatistics | None = None
         self._first_keep: dict[str, Tensor] = {}
+        self._has_refreshed = False
+        self._refits = args.slorb_group is not None and args.slorb_refit
+        if self._refits and (reason := _why_no_refit(self.teacher, layers)):
+            self._refits = False
+            self.notes.append(f"branches: not to be fitted again when the masks freeze, for {reason}")
         self._decay = MaskedDecay(0.0, 0)
         self.add_callback(Callback(self._begin, self._before_step, self._after_step))
 
@@ -100,8 +115,19 @@ class ASTTrainer(SparseTrainer):
 
     def _start(self, model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, Tensor]:
         """Write the weights to start from into the model, dense; return the first masks [N, K]."""
-        args = self.args
         dense = {name: weight_NK(layer).to("cpu", copy=True) for name, layer in layers.items()}
+        try:
+            return self._started(model, layers, dense)
+        except BaseException:
+            with uninterrupted():
+                for name, layer in layers.items():
+                    if model.get_submodule(name) is not layer:
+                        replace_layer_(model, name, layer)
+                    set_weight_NK_(layer, dense[name])
+            raise
+
+    def _started(self, model: nn.Module, layers: dict[str, nn.Module], dense: dict[str, Tensor]) -> dict[str, Tensor]:
+        args = self.args
         if isinstance(args.start, Plan):
             masks = _masks_of(args.start, dense, args.pattern)
         else:
@@ -158,9 +184,13 @@ class ASTTrainer(SparseTrainer):
                 branch = fit_side(w_NK, keep, group=group, method=method, hessian=matrix)
             except ValueError as error:
                 raise ValueError(f"slorb_group={group}, slorb_init={init!r}: no branch for {name}: {error}") from error
+            if fitted_to is not None and method != init:
+                self.notes.append(f"{name}: no calibration token reached it: its branch is fitted to the mean")
             if train_x and branch.X is None:
                 branch = dataclasses.replace(branch, X=block_indicator(w_NK.shape[1], group))
-            install_side_(model, name, branch)
+            layer = install_side_(model, name, branch)
+            if layer.side_X is not None:
+                layer.side_X.requires_grad_(train_x)
 
         if init == "mean" or fitted_to is None:
             for name in layers:
@@ -176,13 +206,9 @@ class ASTTrainer(SparseTrainer):
                     install(name, statistics)
                 walk.finish(step)
 
-    def _calibration(self) -> list[Tensor]:
-        samples = self.train_samples
-        if samples is None:
-            raise ValueError("train_dataset is missing: training needs data")
-        generator = torch.Generator().manual_seed(self.args.seed)
-        chosen = torch.randperm(len(samples), generator=generator)[: self.args.num_calibration_samples].tolist()
-        return [samples[index]["input_ids"][None] for index in chosen]
+    def _calibration(self) -> list[dict[str, Tensor]]:
+        samples = self.calibration_samples(self.args.num_calibration_samples)
+        return [{key: value for key, value in sample.items() if key != "labels"} for sample in samples]
 
     # --- the optimizer ---------------------------------------------------------------------------------------------
 
@@ -245,28 +271,40 @@ class ASTTrainer(SparseTrainer):
 
     def _begin(self) -> None:
         args, warmup = self.args, round(self.state.max_steps * self.args.masked_decay_warmup)
+        is_decoupled = args.masked_decay_kind == "decoupled"
         if args.masked_decay != "auto":
             peak = float(args.masked_decay)
-            highest = max(self._learning_rate(step) for step in range(self.state.max_steps))
-            if args.masked_decay_kind == "decoupled" and peak * highest > 1:
+        elif is_decoupled:
+            if not self._knows_rates:
                 raise ValueError(
-                    f"masked_decay={peak:g} times the learning rate {highest:g} is above 1: removed weights would "
-                    f"swing around zero and grow. Use at most {1 / highest:.3g}, or 'auto'"
+                    f"lr_scheduler_type={args.lr_scheduler_type!r} is not known in advance, which masked_decay='auto' "
+                    "needs: give masked_decay as a number, or take a schedule such as 'cosine'"
                 )
-        elif args.masked_decay_kind == "decoupled":
             peak = peak_for(self._learning_rate, warmup, self.freeze_step)
         else:
             peak = FOLLOW
         self._decay = MaskedDecay(peak, warmup)
+        if is_decoupled and peak > 0:
+            highest = max(self._learning_rate(step) * self._decay(step) for step in range(self.state.max_steps))
+            if highest > 1:
+                raise ValueError(
+                    f"masked_decay={peak:g} times the learning rate reaches {highest:.3g}, and above 1 removed weights "
+                    f"would swing around zero and grow. Use at most {peak / highest:.3g}, or 'auto'"
+                )
         self.masked_optimizer.mask_()
+        self.without_fp32_copies()
+        if self.state.global_step == self.freeze_step == 0:
+            self._after_step()
+
+    @property
+    def _knows_rates(self) -> bool:
+        return isinstance(getattr(self.lr_scheduler, "scheduler", self.lr_scheduler), LambdaLR)
 
     def _learning_rate(self, step: int) -> float:
+        """Return the rate of a step; the highest there can be, where the schedule is not known in advance."""
         scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
         if not isinstance(scheduler, LambdaLR):
-            raise ValueError(
-                f"lr_scheduler_type={self.args.lr_scheduler_type!r} is not known in advance, which masked_decay='auto' "
-                "needs: give masked_decay as a number, or take a schedule such as 'cosine'"
-            )
+            return self.args.learning_rate
         return float(scheduler.base_lrs[0] * scheduler.lr_lambdas[0](step))
 
     def _before_step(self) -> None:
@@ -276,44 +314,47 @@ class ASTTrainer(SparseTrainer):
 
     def _after_step(self) -> None:
         step, every = self.state.global_step, self.args.mask_update_steps
-        if every and step % every == 0 and step <= self.freeze_step:
-            self.mask_statistics = self.masked_optimizer.refresh_masks_()
-        if step == self.freeze_step and self.args.slorb_group is not None and self.args.slorb_refit:
+        if every and step % every == 0 and 0 < step <= self.freeze_step:
+            self.mask_statistics, self._has_refreshed = self.masked_optimizer.refresh_masks_(), True
+        if step == self.freeze_step and self._refits:
             self._refit_branches()
 
     def _refit_branches(self) -> None:
         """Fit S once more to what the layers lack now that the masks stay; every rank does the same."""
-        if self.teacher is None:
-            self.notes.append("branches: not refitted when the masks froze, for there is no teacher in memory")
-            return
+        assert self.teacher is not None
         model, teacher, size = self.model_wrapped, self.teacher.model, self.args.per_device_train_batch_size
-        samples = self._calibration()
-        alike = [sample for sample in samples if sample.shape == samples[0].shape]
-        rows = [torch.cat(alike[i : i + size]).to(self.args.device) for i in range(0, len(alike), size)]
+        samples = self.calibration_samples(self.args.num_calibration_samples)
+        alone = [{key: value[0] for key, value in sample.items()} for sample in samples]
+        batches = [self._prepare_inputs(collate(alone[i : i + size])) for i in range(0, len(alone), size)]
+        inputs = [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
         was_training = model.training
 
         def run(batch: dict[str, Tensor]) -> None:
             model(**batch, use_cache=False)
 
         def loss() -> float:
-            found = [self._losses_of(model, {"input_ids": ids, "labels": ids}, distils=True)[0] for ids in rows]
+            found = [self._losses_of(model, batch, distils=True)[0] for batch in batches]
             return float(from_first_rank(torch.stack(found).mean()))
 
         try:
             model.eval()
             with torch.no_grad(), self.accelerator.autocast():
-                batches = [{"input_ids": ids} for ids in rows]
                 student = self.accelerator.unwrap_model(model)
-                self.notes.append(refit_branches_(student, teacher, batches, run, loss))
+                self.notes.append(refit_branches_(student, teacher, inputs, run, loss))
                 same_on_all_ranks_(student, self.args)
         finally:
             model.train(was_training)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs["masked_decay"] = self._decay(self.state.global_step)
-            if self.mask_statistics is not None:
-                logs |= dataclasses.asdict(self.mask_statistics)
+            optimizer = self.masked_optimizer
+            logs["masked_decay"] = optimizer.mean_masked_decay
+            found = dataclasses.asdict(optimizer.statistics())
+            flips = found.pop("flip_rate")
+            if self._has_refreshed or self.state.global_step > self.freeze_step:
+                logs["flip_rate"] = flips if self._has_refreshed else 0.0
+            logs |= found
+            self._has_refreshed = False
         super().log(logs, start_time)
 
     def what_may_diverge(self) -> str:
@@ -365,7 +406,10 @@ class ASTTrainer(SparseTrainer):
         total, parts = loss.total, {"ce_loss": loss.ce / share, "kd_loss": loss.kd / share}
         if matches_hidden:
             assert self.teacher is not None
-            parts["hidden_loss"] = square_head(outputs.hidden_states[1:], self.teacher.hidden_states[1:])
+            mask = batch.get("attention_mask")
+            parts["hidden_loss"] = square_head(
+                outputs.hidden_states[1:], self.teacher.hidden_states[1:], attention_mask=mask
+            )
             total = total + args.square_head_weight * parts["hidden_loss"] * share
         return total, outputs, parts
 
@@ -390,12 +434,17 @@ class ASTTrainer(SparseTrainer):
 
     def plan(self) -> Plan:
         """Return the masks and branches as they are now, on every rank."""
-        model = self.accelerator.unwrap_model(self.model)
+        model, samples = self.accelerator.unwrap_model(self.model), self.train_samples
         masks = {name: Mask(self.args.pattern, keep) for name, keep in self.masked_optimizer.keep().items()}
         made_by = MadeBy(
             method=self.args.method,
             config=self.args.own_fields(),
+            base_model=str(getattr(model.config, "_name_or_path", "") or type(model).__name__),
+            data_digest="" if samples is None else samples.digest(),
+            num_samples=0 if samples is None else len(samples),
+            sample_length=0 if samples is None else max(len(sample["input_ids"]) for sample in samples.samples),
             seed=self.args.seed,
+            versions=installed_versions(),
             updates_weights=True,
             targets=list(map(str, self.args.targets)),
             ignore=list(map(str, self.args.ignore)),
@@ -404,7 +453,10 @@ class ASTTrainer(SparseTrainer):
             name: SideBranch(_whole(layer.side_S), None if layer.side_X is None else _whole(layer.side_X), layer.group)
             for name, layer in side_layers(model).items()
         }
-        return Plan(masks, made_by, notes=list(self.notes), side=side)
+        notes = list(self.notes)
+        if self.state.global_step < self.freeze_step:
+            notes.append(f"training ended at step {self.state.global_step}, before the masks froze")
+        return Plan(masks, made_by, notes=notes, side=side)
 
 
 def with_removed(kept_NK: Tensor, dense_NK: Tensor, keep_NK: Tensor, pattern: NM) -> Tensor:
@@ -421,6 +473,13 @@ def with_removed(kept_NK: Tensor, dense_NK: Tensor, keep_NK: Tensor, pattern: NM
 
 def _masks_of(plan: Plan, dense: dict[str, Tensor], pattern: str) -> dict[str, Mask]:
     """Return the plan's masks after holding them against the layers."""
+    if plan.cuts or plan.side:
+        raise ValueError("start: the plan holds cuts or side branches: apply_ it, and start from a plan of masks alone")
+    for name, order in plan.perms.items():
+        if name in dense and not order.is_in(dense[name]):
+            raise ValueError(
+                f"start: the plan reorders the inputs of {name}, and this model's are not: apply_ it first"
+            )
     for name, w_NK in dense.items():
         if name not in plan.masks:
             raise ValueError(f"start: the plan has no mask for {name}: make it with the same targets and ignore")
@@ -430,6 +489,17 @@ def _masks_of(plan: Plan, dense: dict[str, Tensor], pattern: str) -> dict[str, M
         if broken := parse_pattern(pattern).count_violations(mask.keep):
             raise PatternError(f"start: the plan's mask of {name} breaks {pattern} in {broken} groups")
     return {name: plan.masks[name] for name in dense}
+
+
+def _why_no_refit(teacher: Teacher | None, layers: dict[str, nn.Module]) -> str:
+    """Return why there is nothing to fit branches to once the masks stay; "" where there is."""
+    if teacher is None:
+        return "there is no teacher in memory"
+    known = dict(teacher.model.named_modules())
+    for name, layer in layers.items():
+        if name not in known or known[name].get_parameter("weight").shape != layer.get_parameter("weight").shape:
+            return f"the teacher has no layer {name} of the same shape"
+    return ""
 
 
 def _refuse_other_vocabulary(student: nn.Module, teacher: nn.Module) -> None:

@@ -25,7 +25,11 @@ DIGEST_FIELDS = (
     "adam_beta2",
     "adam_epsilon",
     "max_grad_norm",
+    "lr_scheduler_kwargs",
     "seed",
+    "data_seed",
+    "dataloader_drop_last",
+    "average_tokens_across_devices",
     "bf16",
     "fp16",
 )
@@ -60,6 +64,7 @@ class SparseTrainingArguments(TrainingArguments):
         if not torch.accelerator.is_available():
             self.use_cpu = True  # without it bf16 is refused, even where the processor has it
         super().__post_init__()
+        self._refuse_what_is_not_done()
         parsed = parse_pattern(self.pattern)
         if not isinstance(parsed, NM):
             raise ValueError(f"pattern={self.pattern!r}: masks are trained for N:M patterns, as '2:4'")
@@ -70,11 +75,31 @@ class SparseTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             setattr(self, name, [value] if isinstance(value, str) or callable(value) else list(value or ()))
 
+    def _refuse_what_is_not_done(self) -> None:
+        if self.load_best_model_at_end or self.save_only_model:
+            name = "load_best_model_at_end" if self.load_best_model_at_end else "save_only_model"
+            raise ValueError(
+                f"{name}=True: masks and dense weights are in the optimizer's state, which would be left behind. Take "
+                "the checkpoint you want as a whole, with resume_from_checkpoint"
+            )
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={self.label_smoothing_factor}: the loss here has none; leave it out"
+            )
+        if not str(getattr(self.optim, "value", self.optim)).startswith("adamw_torch"):
+            raise ValueError(f"optim={self.optim!r}: masked weights are trained by an AdamW of their own; leave it out")
+
     @property
     def parsed_pattern(self) -> NM:
         parsed = parse_pattern(self.pattern)
         assert isinstance(parsed, NM)
         return parsed
+
+    @property
+    def device(self) -> torch.device:
+        """Device of this process. CPUs have no index here: `torch.load`, on resuming, knows no "cpu:0"."""
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
 
     def own_fields(self) -> dict[str, Any]:
         """Return what says how the result comes about: the method's own fields, and those of the run; fit for JSON."""
@@ -108,6 +133,8 @@ class SparseTrainingArguments(TrainingArguments):
 def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(each) for key, each in value.items()}
     if value is None or isinstance(value, bool | int | float | str):
         return str(value) if isinstance(value, str) else value
     return str(value) if isinstance(value, Path) else getattr(value, "__name__", type(value).__name__)

@@ -1,5 +1,6 @@
 """From what the user has to what a causal model trains on: chunks of tokens with labels."""
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +30,14 @@ class TokenSamples(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         return self.samples[index]
+
+    def digest(self) -> str:
+        """Return a hash of all samples, in their order."""
+        digest = hashlib.sha256()
+        for sample in self.samples:
+            for key in ("input_ids", "labels"):
+                digest.update(sample[key].contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     @property
     def num_tokens(self) -> int:

@@ -120,13 +120,19 @@ def distillation_loss(
         return DistillationLoss(*_loss(student_logits, teacher, labels, options, count, overwrite=False))
 
 
-def square_head(student_hidden: Sequence[Tensor], teacher_hidden: Sequence[Tensor], eps: float = 1e-6) -> Tensor:
+def square_head(
+    student_hidden: Sequence[Tensor],
+    teacher_hidden: Sequence[Tensor],
+    eps: float = 1e-6,
+    attention_mask: Tensor | None = None,
+) -> Tensor:
     """Return the sum over blocks of MSE(h_s, h_t) / (mean(h_t^2) + eps) (SquareHead, arXiv 2310.06927, section 3).
 
     Args:
         student_hidden: output of each block, [..., d]; gradient flows to these alone.
         teacher_hidden: the same of the teacher.
         eps: against a teacher block of zeros.
+        attention_mask: [...], 0 where a token is padding and counts for nothing; None where all count.
     Raises:
         ValueError: the two differ in the number of blocks or in shapes.
     """
@@ -136,7 +142,12 @@ def square_head(student_hidden: Sequence[Tensor], teacher_hidden: Sequence[Tenso
     total = student_hidden[0].new_zeros((), dtype=torch.float32)
     for student, teacher in zip(student_hidden, teacher_hidden, strict=True):
         target = teacher.detach().float()
-        total = total + (student.float() - target).square().mean() / (target.square().mean() + eps)
+        distance, size = (student.float() - target).square().mean(-1), target.square().mean(-1)
+        if attention_mask is None:
+            total = total + distance.mean() / (size.mean() + eps)
+        else:
+            weight = attention_mask.float() / attention_mask.sum().clamp(min=1)
+            total = total + (distance * weight).sum() / ((size * weight).sum() + eps)
     return total
 
 

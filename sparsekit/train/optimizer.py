@@ -111,6 +111,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         self.rewrite = rewrite
         self._first_keep = dict(keep or {})
         self._num_flipped = 0
+        self.mean_masked_decay = 0.0
+        """lambda of the last step, its mean over the weights."""
 
     @torch.no_grad()
     def mask_(self) -> None:
@@ -128,12 +130,14 @@ class MaskedAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.mask_()
+        self._lambdas: list[float] = []
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     one = self._step_masked if group["masked"] else self._step_plain
                     one(group, parameter, _local(parameter.grad))
         self.write_()
+        self.mean_masked_decay = sum(self._lambdas) / max(len(self._lambdas), 1)
         return loss
 
     @torch.no_grad()
@@ -271,6 +275,7 @@ class MaskedAdamW(torch.optim.Optimizer):
     def _step_masked(self, group: dict[str, Any], parameter: Tensor, gradient: Tensor) -> None:
         weight, gradient = _local(self.state[parameter]["dense"]), gradient.float()
         strength = self._lambda(parameter)
+        self._lambdas.append(strength)
         if self.masked_decay_kind == "paper":
             self._adam_of_the_paper(group, parameter, weight, gradient, strength)
         elif self.masked_decay_kind == "gradient":
@@ -346,8 +351,16 @@ def _whole(x: Tensor) -> Tensor:
 def _process_group(parameter: Tensor) -> Any:
     """Return the ranks among which the parameter is sharded; None where each holds it all."""
     if isinstance(parameter, DTensor) and any(isinstance(placement, Shard) for placement in parameter.placements):
-        return parameter.device_mesh.get_group() if parameter.device_mesh.ndim == 1 else torch.distributed.group.WORLD
+        return parameter.device_mesh.get_group(_shard_dimension(parameter))
     return None
+
+
+def _shard_dimension(parameter: DTensor) -> int:
+    """Return the dimension of the device mesh along which the parameter is sharded; the others hold copies."""
+    sharded = [index for index, placement in enumerate(parameter.placements) if isinstance(placement, Shard)]
+    if len(sharded) > 1:
+        raise Unsupported("a weight is sharded along two dimensions of the device mesh: shard it along one")
+    return sharded[0]
 
 
 def _shard_like(x: Tensor, parameter: Tensor) -> Tensor:
@@ -363,7 +376,7 @@ def _refuse_cut_groups(name: str, parameter: Tensor, transposed: bool, pattern: 
         return
     along = 0 if transposed else 1
     cut = any(isinstance(placement, Shard) and placement.dim == along for placement in parameter.placements)
-    if cut and -(-parameter.shape[along] // parameter.device_mesh.size()) % pattern.m:
+    if cut and -(-parameter.shape[along] // parameter.device_mesh.size(_shard_dimension(parameter))) % pattern.m:
         raise Unsupported(
             f"{name} is sharded along in_features, which cuts groups of {pattern}: use a number of processes that "
             f"divides {parameter.shape[along]} into multiples of {pattern.m}, or DDP"

@@ -44,7 +44,8 @@ def refit_branches_(
         scale = chosen if step is None else step
         with torch.no_grad():
             for name, layer in layers.items():
-                layer.side_S.copy_(kept[name] + scale * _sharded_like(changes[name], layer.side_S))
+                if name in changes:
+                    layer.side_S.copy_(kept[name] + scale * _sharded_like(changes[name], layer.side_S))
         if step is not None and (now := loss()) < best:
             best, chosen = now, step
     if not chosen:
@@ -59,7 +60,7 @@ def _changes(
     batches: Sequence[dict[str, Tensor]],
     run: Callable[[dict[str, Tensor]], Any],
 ) -> dict[str, Tensor]:
-    """Return the best change of each S, alone."""
+    """Return the best change of each S, alone; of a layer that no token reached, none."""
     targets: dict[str, Tensor] = {}
     moments: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -76,7 +77,7 @@ def _changes(
             run(batch)
         for name, (z, y) in seen.items():
             gather(name, z, y)
-    return {name: fit_residual(C, Z) for name, (C, Z) in moments.items()}
+    return {name: fit_residual(C, Z) for name, (C, Z) in moments.items() if bool(Z.diagonal().any())}
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 
-from sparsekit.errors import CheckpointError, NonFiniteError, SparsekitError
+from sparsekit.errors import CheckpointError, NonFiniteError, SparsekitError, Unsupported
 from sparsekit.targets import find_targets
 from sparsekit.train.config import SparseTrainingArguments
 from sparsekit.train.data import IGNORED, TokenSamples, collate, training_samples
@@ -27,6 +28,10 @@ CONFIG_FILE = "sparsekit_config.json"
 
 DIVERGED_BY = 1.0
 """Nats per token above twice the loss of the first steps at which a run counts as diverged."""
+
+
+LEFT_OUT_AT_MOST = 25
+"""Steps in a row that fp16's loss scaler may leave out for their gradients; it halves its scale each time."""
 
 
 class TrainingDiverged(SparsekitError, RuntimeError):
@@ -62,6 +67,13 @@ class SparseTrainer(Trainer):
             names = list(find_targets(model, args.targets, args.ignore))
             args = copy.copy(args)
             args.targets, args.ignore = names, []
+        if kwargs.get("optimizers", (None, None)) != (None, None) or kwargs.get("compute_loss_func") is not None:
+            raise ValueError("optimizers and compute_loss_func: this trainer has its own of both; leave them out")
+        if args.n_gpu > 1:
+            raise Unsupported(
+                f"one process for {args.n_gpu} GPUs: start with `accelerate launch` or torchrun, a process for each, "
+                "or show one with CUDA_VISIBLE_DEVICES=0"
+            )
         read = {name: data for name, data in (("train", train_dataset), ("eval", eval_dataset)) if data is not None}
         samples = {
             name: training_samples(data, model, processing_class, args.max_seq_length) for name, data in read.items()
@@ -84,7 +96,10 @@ class SparseTrainer(Trainer):
         same_on_all_ranks_(model, args)
         self.train_samples: TokenSamples | None = samples.get("train")
         self.notes: list[str] = []
+        self._checkpoint: Path | None = None
         self._first_losses: list[float] = []
+        self._step_losses: list[Tensor] = []
+        self._num_left_out = 0
         self._losses: dict[str, Tensor] = {}
         self._num_losses = 0
 
@@ -100,9 +115,14 @@ class SparseTrainer(Trainer):
         """
         folder = _checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         if folder is not None:
-            self.notes = check_resumes(folder, self.args.own_fields())
+            self.notes = check_resumes(folder, self._made_by())
+            self._checkpoint = Path(folder)
+        elif self.optimizer is not None:
+            raise ValueError(
+                "this trainer has trained already: resume_from_checkpoint goes on, a new trainer starts anew"
+            )
         self._before_training(folder)
-        with _own_forward(self.model):
+        with _own_forward(self.accelerator.unwrap_model(self.model)):
             return super().train(folder, *args, **kwargs)
 
     def _before_training(self, checkpoint: str | None) -> None:
@@ -115,16 +135,58 @@ class SparseTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._refuse_non_finite("loss", float(loss))
-        self._refuse_divergence(float(loss) * self.current_gradient_accumulation_steps)
+        self._step_losses.append(loss)
+        if self.accelerator.sync_gradients:
+            self._look_at_losses()
         return loss
+
+    def _look_at_losses(self) -> None:
+        """Stop where the loss of the whole step is bad; it is the same on all ranks, so that all stop or none."""
+        total = torch.stack(self._step_losses).sum().double()
+        self._step_losses = []
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(total)
+            total /= self.args.world_size
+        self._refuse_non_finite("loss", float(total))
+        self._refuse_divergence(float(total))
+
+    def calibration_samples(self, num_samples: int) -> list[dict[str, Tensor]]:
+        """Return some of the training samples, each a batch of one, chosen by the seed.
+
+        Raises:
+            ValueError: there is no training data.
+        """
+        samples = self.train_samples
+        if samples is None:
+            raise ValueError("train_dataset is missing: training needs data")
+        generator = torch.Generator().manual_seed(self.args.seed)
+        chosen = torch.randperm(len(samples), generator=generator)[:num_samples].tolist()
+        return [{key: value[None] for key, value in samples[index].items()} for index in chosen]
+
+    def without_fp32_copies(self) -> None:
+        """Leave autocast around the forward, without accelerate's copy of the logits in fp32."""
+        model = self.accelerator.unwrap_model(self.model_wrapped)
+        original = model.__dict__.get("_original_forward")
+        if original is None:
+            return
+
+        @wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with self.accelerator.autocast():
+                return original(*args, **kwargs)
+
+        model.__dict__["forward"] = forward
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Return the norm, which is the same on all ranks, as `Trainer` does just before the optimizer's step."""
         norm = super()._get_grad_norm(model, grad_norm)
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
-        if norm is not None and self.accelerator.scaler is None:  # in fp16 the scaler leaves such a step out
+        if norm is None:
+            return norm
+        left_out = self.accelerator.scaler is not None and not math.isfinite(float(norm))
+        self._num_left_out = self._num_left_out + 1 if left_out else 0
+        if not left_out or self._num_left_out > LEFT_OUT_AT_MOST:
             self._refuse_non_finite("norm of the gradients", float(norm))
         return norm
 
@@ -155,8 +217,8 @@ class SparseTrainer(Trainer):
         return f"lower learning_rate={self.args.learning_rate}"
 
     def _last_checkpoint(self) -> str:
-        found = last_checkpoint(self.args.output_dir)
-        if found is None:
+        found = self._checkpoint
+        if found is None or not is_complete(found):
             return f"No checkpoint was written yet (save_steps={self.args.save_steps})."
         return f"The last good checkpoint is {found}: resume_from_checkpoint={str(found)!r}."
 
@@ -181,7 +243,7 @@ class SparseTrainer(Trainer):
         if self.args.should_save:
             shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
             folder.mkdir(parents=True)
-            made_by = {"arguments": self.args.own_fields(), "notes": self.notes}
+            made_by = {"arguments": self._made_by(), "notes": self.notes}
             (folder / CONFIG_FILE).write_text(json.dumps(made_by, indent=2) + "\n")
         self.accelerator.wait_for_everyone()
         try:
@@ -190,6 +252,12 @@ class SparseTrainer(Trainer):
             if self.args.should_save and not is_complete(folder):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
+        self._checkpoint = folder
+
+    def _made_by(self) -> dict[str, Any]:
+        """Return all that the result of a run follows from."""
+        data = self.train_samples.digest() if self.train_samples is not None else ""
+        return {**self.args.own_fields(), "num_processes": self.args.world_size, "data": data}
 
 
 class Callback(TrainerCallback):
@@ -245,7 +313,12 @@ def from_first_rank(x: Tensor) -> Tensor:
 def is_complete(folder: Path) -> bool:
     """Return whether this is a whole checkpoint of a run: the state of the trainer is written last."""
     try:
-        return (folder / CONFIG_FILE).is_file() and bool(json.loads((folder / TRAINER_STATE_NAME).read_text()))
+        has_optimizer = any(folder.glob("*optim*"))
+        return (
+            has_optimizer
+            and (folder / CONFIG_FILE).is_file()
+            and bool(json.loads((folder / TRAINER_STATE_NAME).read_text()))
+        )
     except (OSError, ValueError):
         return False
 
