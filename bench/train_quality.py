@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 import sparsekit as sk
+from sparsekit.benchmarking import environment
 from sparsekit.evaluate import perplexity
 from sparsekit.report import Report
 from sparsekit.train.ast_config import ASTConfig
@@ -112,6 +113,7 @@ def run(case: Case, root: Path, row: str, options: argparse.Namespace, seed: int
         "sparsity": None if plan is None else plan.sparsity,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "git_sha": environment()["git_sha"],
     }
 
 
@@ -163,6 +165,8 @@ def main() -> None:
     options = parser.parse_args()
     if wrong := [row for row in options.rows if row not in ("dense", *ROWS, *ONE_SHOT)]:
         parser.error(f"--rows: {', '.join(wrong)} unknown; there are dense, {', '.join([*ROWS, *ONE_SHOT])}")
+    if options.split == "test" and len(options.learning_rates) > 1:
+        parser.error("--split test takes one learning rate: choose it on the validation split")
     rows = [json.loads(line) for line in options.json.read_text().splitlines()] if options.json.exists() else []
     for case in CASES if not options.table else ():
         for seed in options.seeds if case.model in options.models else ():

@@ -3,11 +3,11 @@
     python bench/train_step.py [--rounds 7] [--batch 4] [--length 256] [--hidden 768] [--layers 6] [--vocab 8192]
                                [--bf16]
 
-Each side is a Trainer as users run it (forward, backward, clipping, optimizer step, the choice of masks every ten
-steps), on one Llama of random weights. A round is ten steps of each side in turn, so that each holds one choice of
-masks. Reported: minimum and median time of a step and the ratio to dense; the bytes of parameters and of the
-optimizer's state; and the peak of the process's memory above its start, each side in a process of its own. One row goes
-to bench/results.
+Each side is a Trainer's own forward, backward and optimizer step, with clipping and the choice of masks every ten
+steps as its loop has them, without its logging and its data loader; on one Llama of random weights. A round is ten
+steps of each side in turn, so that each holds one choice of masks. Reported: minimum and median time of a step and
+the ratio to dense; the bytes of parameters and of the optimizer's state; and the peak of the process's memory above
+its start, each side in a process of its own. One row goes to bench/results.
 """
 
 import argparse

@@ -1,5 +1,6 @@
 """The drop-in: prune, make it true, pack, check."""
 
+import copy
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ from sparsekit.check import check
 from sparsekit.errors import SparsekitError
 from sparsekit.formats import FORMATS, WeightSpec
 from sparsekit.formats.block import MOST_OF_DENSE, share_of_dense
-from sparsekit.methods import METHODS, OneShot, Trained, is_trained, method_config
+from sparsekit.methods import METHODS, TRAINED, OneShot, Trained, is_trained, method_config
 from sparsekit.methods.grid import is_quantised
 from sparsekit.nn import unwrapped
 from sparsekit.pack import pack_
@@ -113,7 +114,7 @@ def sparsify(
             apply_(model, plan)
             for note in plan.notes:
                 warnings.warn(note, stacklevel=2)
-        if format != "auto" or _has_packed_format(layers):
+        if format != "auto" or has_packed_format(layers):
             pack_(model, format, backend, layers=layers, scales=plan.scales if plan else None, progress=progress)
         else:
             warnings.warn(_why_dense(wanted, layers), stacklevel=2)
@@ -135,15 +136,21 @@ def _choose_method(method: Any, pattern: Pattern, sparsity: float, format: str, 
             )
         method = "sparsegpt" if has_data else "magnitude"
     if isinstance(method, str):
-        if method not in METHODS:
-            return method_config(method, pattern=str(pattern))
+        if method.strip().lower() in TRAINED:
+            if sparsity != pattern.fixed_sparsity() and sparsity != 0.5:
+                raise ValueError(f"sparsity={sparsity}: pattern {pattern} fixes it for method={method!r}; leave it out")
+            return method_config(method, pattern=str(pattern), **({"format": wanted_format} if wanted_format else {}))
         return METHODS.get(method)(pattern=str(pattern), sparsity=sparsity, format=wanted_format)
     config = method_config(method)
     if config.parsed_pattern != pattern and pattern != DEFAULT_PATTERN:
         raise ValueError(f"pattern={str(pattern)!r}, and method asks for {config.pattern!r}: give both the same")
     if wanted_format is not None and config.format not in (None, wanted_format):
         raise ValueError(f"format={format!r}, and method asks for {config.format!r}: give both the same")
-    return config if is_trained(config) else replace(config, format=wanted_format or config.format)
+    if is_trained(config):
+        config = copy.copy(config)
+        config.format = wanted_format or config.format
+        return config
+    return replace(config, format=wanted_format or config.format)
 
 
 def _refuse_unrunnable(layers: dict[str, nn.Module], format: str, backend: str) -> None:
@@ -176,7 +183,8 @@ def _why_dense(pattern: Pattern, layers: dict[str, nn.Module]) -> str:
     return f"no packed format runs {pattern} weights faster: {cost}. Use pattern='2:4' for speed"
 
 
-def _has_packed_format(layers: dict[str, nn.Module]) -> bool:
+def has_packed_format(layers: dict[str, nn.Module]) -> bool:
+    """Return whether a packed format holds the weight of any of the layers."""
     return any(
         FORMATS.get(name).count_violations(weight_NK(layer))[0] == 0
         for layer in layers.values()

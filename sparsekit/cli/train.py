@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import sparsekit as sk
+from sparsekit.backends import BACKENDS
 from sparsekit.cli.models import load_model, load_tokenizer, need_file
 from sparsekit.cli.output import Output
 from sparsekit.cli.prune import fitting_lengths, saved_report, short_check
@@ -18,6 +19,7 @@ from sparsekit.evaluate import perplexity
 from sparsekit.files import replace_file
 from sparsekit.nn import sparse_layers
 from sparsekit.report import Report
+from sparsekit.sparsify import has_packed_format
 
 PLOT, LOG = "training.png", "training.jsonl"
 
@@ -46,6 +48,12 @@ class TrainOptions:
         need_file(self.eval_dataset, "--eval-dataset")
         if (self.tokens is None) == ("max_steps" not in self.fields):
             raise ValueError("how long to train: give --tokens N (as 100M) or --steps N, one of the two")
+        if not self.packed and self.fields.get("slorb_group") is not None:
+            raise ValueError("--dense and --slorb-group: other tools read no branch; save packed, or train without one")
+        if self.backend != "auto":
+            BACKENDS.check(self.backend)
+        if "output_dir" in self.fields:
+            raise ValueError("--set output_dir: use --checkpoints DIR")
         out = Path(self.out)
         if out.exists() and not out.is_dir():
             raise NotADirectoryError(f"OUT {out} is a file: name a folder")
@@ -80,7 +88,8 @@ def run_train_ast(options: TrainOptions, output: Output) -> None:
         quality.rows.append({"model": "sparse", "perplexity": found.value, "tokens": found.num_tokens})
         output.add("quality", quality)
     trained = trained.to(_deployed_dtype(options, trained)).eval()
-    if options.packed:
+    packs = options.packed and has_packed_format({name: trained.get_submodule(name) for name in plan.masks})
+    if packs:
         sk.pack_(trained, plan.format or "auto", options.backend, scales=plan.scales or None, progress=output.progress)
     report = sk.check(trained, plan)
     report.notes += notes
@@ -93,6 +102,10 @@ def run_train_ast(options: TrainOptions, output: Output) -> None:
     if options.plot:
         plot_training(history, trainer.freeze_step, out / PLOT)
     output.add("saved", saved_report(trained, options.model, options.out, is_packed))
+    if options.packed and not is_packed:
+        output.say(
+            f"no packed format holds {trainer.args.pattern} weights: saved dense, with zeros, and no faster for them"
+        )
     if options.bench:
         output.add("benchmark", sk.benchmark(trained, progress=output.progress, **fitting_lengths(trained)))
 
@@ -112,7 +125,8 @@ def _trainer(options: TrainOptions, model: Any, tokenizer: Any) -> Any:
         config.max_steps = math.ceil(parse_tokens(options.tokens) / (batch * config.max_seq_length))
     if options.eval_dataset and config.eval_strategy == "no":
         config.eval_strategy, config.eval_steps = "steps", max(1, config.max_steps // 8)
-    config.logging_steps = min(config.logging_steps, max(1, config.max_steps // 50))
+    if "logging_steps" not in fields:
+        config.logging_steps = max(1, config.max_steps // 50)
     return ASTTrainer(model, config, options.dataset, options.eval_dataset, tokenizer)
 
 
