@@ -20,11 +20,12 @@ from sparsekit.errors import CheckpointError, NonFiniteError, PatternError, Spar
 from sparsekit.evaluate import perplexity
 from sparsekit.hf.register import register as _register_with_transformers
 from sparsekit.masks import Mask
-from sparsekit.methods import ALPS, METHODS, RIA, Magnitude, SparseGPT, Wanda
-from sparsekit.nn import SparseLinear
+from sparsekit.methods import ALPS, AWQ, METHODS, RIA, Magnitude, SparseGPT, Wanda
+from sparsekit.nn import SideLinear, SparseLinear
+from sparsekit.nn.side import merge_side_
 from sparsekit.pack import pack_, unpack_
 from sparsekit.patterns import NM, Block, Pattern, Unstructured
-from sparsekit.plan import Plan
+from sparsekit.plan import Plan, SideBranch
 from sparsekit.prune import prune_
 from sparsekit.report import Report
 from sparsekit.sparsify import sparsify
@@ -57,6 +58,7 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "ALPS",
+    "AWQ",
     "METHODS",
     "NM",
     "RIA",
@@ -69,6 +71,8 @@ __all__ = [
     "PatternError",
     "Plan",
     "Report",
+    "SideBranch",
+    "SideLinear",
     "SparseGPT",
     "SparseLinear",
     "SparsekitError",
@@ -82,6 +86,7 @@ __all__ = [
     "doctor",
     "explain",
     "load",
+    "merge_side_",
     "pack_",
     "perplexity",
     "prune_",

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from sparsekit_kernels.layout24 import padded_features
 from sparsekit_kernels.quant import GRIDS
 from torch import Tensor
 
@@ -232,8 +233,12 @@ class Plan:
         for name, scales in self.scales.items():
             if name not in self.masks:
                 raise ValueError(f"scales of {name}, which has no mask")
-            shape = grid.scale_shape(*self.masks[name].shape)
-            if scales.shape != shape or scales.dtype != grid.scale_dtype:
+            N, K = self.masks[name].shape
+            shape = grid.scale_shape(N, K)
+            shapes = [shape]
+            if name in self.side:  # whose columns lie behind those of the weight, and may have scales, too
+                shapes.append(grid.scale_shape(N, padded_features(K) + padded_features(2 * self.side[name].rank)))
+            if scales.shape not in shapes or scales.dtype != grid.scale_dtype:
                 raise ValueError(
                     f"scales of {name} are {scales.dtype} {tuple(scales.shape)}, {self.format} has {grid.scale_dtype} "
                     f"{shape}"

@@ -7,6 +7,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from sparsekit.nn.side_columns import SideColumns
+
 
 class Statistics(ABC):
     """Sums over all tokens that a layer saw."""
@@ -32,6 +34,15 @@ class Statistics(ABC):
     def reordered(self, order: Tensor) -> Self:
         """Return these statistics of the input features in another order, int64 [K]; those here stay as they are."""
 
+    @abstractmethod
+    def extended(self, columns: SideColumns, X: Tensor | None, z_scale: float) -> Self:
+        """Return these statistics of x', the inputs of a weight with its side branch behind it; see `SideColumns`.
+
+        Args:
+            X: of the branch, [r, K]; None for sums of groups.
+            z_scale: what z is multiplied by.
+        """
+
     def is_finite(self) -> bool:
         """Return whether no NaN or infinity came in."""
         return bool(self.column_norms.isfinite().all())
@@ -52,6 +63,13 @@ class ColumnNorms(Statistics):
         other._squares = self._squares[order]
         return other
 
+    def extended(self, columns: SideColumns, X: Tensor | None, z_scale: float) -> Self:
+        """As in the base class, of features that are taken to be uncorrelated, for of others their sums say nothing."""
+        other = copy(self)
+        factor = self._squares.new_tensor(z_scale**2)
+        other._squares = columns.extend(self._squares, None if X is None else X.float().square(), factor)
+        return other
+
     @property
     def column_norms(self) -> Tensor:
         return self._squares.sqrt()
@@ -62,12 +80,15 @@ class Hessian(Statistics):
 
     Attributes:
         matrix: H.
+        num_last: features at the end that a walk over the columns is to leave to the end, where they can still make up
+            for the errors of all others.
         factors: what was derived from the finished H, by damping and order, for the layers that share it.
     """
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         super().__init__(in_features, device)
         self.matrix = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self.num_last = 0
         self.factors: dict[object, object] = {}
 
     def _add(self, x_MK: Tensor) -> None:
@@ -76,6 +97,19 @@ class Hessian(Statistics):
     def reordered(self, order: Tensor) -> Self:
         other = copy(self)
         other.matrix, other.factors = self.matrix[order][:, order], {}
+        return other
+
+    def scaled(self, scales: Tensor) -> Self:
+        """Return H of x / scales, [K]; this one stays as it is."""
+        other = copy(self)
+        other.matrix, other.factors = self.matrix / scales / scales[:, None], {}
+        return other
+
+    def extended(self, columns: SideColumns, X: Tensor | None, z_scale: float) -> Self:
+        other = copy(self)
+        factor, X = self.matrix.new_tensor(z_scale), None if X is None else X.float()
+        other.matrix = columns.extend(columns.extend(self.matrix, X, factor).T, X, factor)
+        other.num_last, other.factors = columns.packed_features - columns.first, {}
         return other
 
     @property

@@ -139,8 +139,11 @@ class Walk:
         return kept[0]
 
     @contextmanager
-    def unchanged(self, step: Step, names: list[str]) -> Iterator[None]:
+    def unchanged(self, step: Step, names: list[str], remedy: str = "permute=False") -> Iterator[None]:
         """Check that the body, which rewrites the step's layers, leaves the outputs of some of them as they were.
+
+        Args:
+            remedy: what to ask for where such layers must stay as they are.
 
         Raises:
             Unsupported: it did not, on the first batch.
@@ -152,7 +155,8 @@ class Walk:
             if not error <= 0.1:  # rounding makes 0.02 in bfloat16, another order of what should be in one more than 1
                 raise Unsupported(
                     f"{name} gave another output (by {error:.0%}) after its inputs and what produces them were put "
-                    "into another order, so this model computes it otherwise than its names suggest: use permute=False"
+                    "into another order, or scaled, so this model computes it otherwise than its names suggest: use "
+                    f"{remedy}"
                 )
 
     def _outputs_of(self, step: Step, names: list[str]) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """One-shot pruning methods: each a config that decides which weights of a layer go. Trained ones: `sparsekit.train`."""
 
 from sparsekit.methods.alps import ALPS
+from sparsekit.methods.awq import AWQ
 from sparsekit.methods.base import METHODS, TRAINED, Decision, OneShot, Trained, is_trained, method_config
 from sparsekit.methods.magnitude import Magnitude
 from sparsekit.methods.ria import RIA
@@ -9,6 +10,7 @@ from sparsekit.methods.wanda import Wanda
 
 __all__ = [
     "ALPS",
+    "AWQ",
     "Decision",
     "METHODS",
     "Magnitude",

@@ -125,10 +125,20 @@ _REFIT_ROWS = 2048
 """Rows that are refitted together; bounds the memory, 4 KB a row for each 32 spans squared."""
 
 
-def round_to_nearest(w_NK: Tensor, keep_NK: Tensor, format: str) -> tuple[Tensor, Tensor]:
-    """Return the kept weights [N, K] rounded, each for itself, and the scales."""
+def round_to_nearest(
+    w_NK: Tensor, keep_NK: Tensor, format: str, costs_K: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the kept weights [N, K] rounded, each for itself, and the scales.
+
+    Args:
+        costs_K: of an error in each column, for scales with the least sum of costs_k * error_k^2; without them, scales
+            just hold the largest weight.
+    """
     w_KN = w_NK.T * keep_NK.T
     spans = scale_spans(format, w_KN.shape[0])
-    grids = [Grid.around(format, w_KN[span]) for span in spans]
+    grids = [
+        Grid.around(format, w_KN[span]) if costs_K is None else Grid.fitted(format, w_KN[span], costs_K[span])
+        for span in spans
+    ]
     rounded = torch.cat([grid.nearest(w_KN[span]) for grid, span in zip(grids, spans, strict=True)])
     return rounded.T.contiguous(), stored_scales(grids)

@@ -60,7 +60,7 @@ class SparseGPT(OneShot):
 
     def decide(self, w_NK: Tensor, statistics: Statistics | None) -> Decision:
         assert isinstance(statistics, Hessian), "SparseGPT needs the Hessian of the inputs"
-        order = self._order(statistics.matrix.diagonal())
+        order = self._order(statistics)
         silent = bool((statistics.column_norms == 0).all())
         factor = None if silent else inverse_factor(statistics, self.dampening_frac, order)
         if factor is None:
@@ -78,22 +78,21 @@ class SparseGPT(OneShot):
         if grids:
             grids = refit_(w_KN, grids, w_NK.T, statistics.matrix)
         notes = [factor.note] if factor.note else []
-        if num_dead := int(factor.dead.sum()):
-            notes.append(
-                f"{num_dead} of {factor.dead.numel()} input features were always zero: their weights are now 0"
-            )
+        dead = factor.dead if order is None else factor.dead[back]
+        if num_dead := int((dead & w_NK.any(dim=0)).sum()):
+            notes.append(f"{num_dead} of {dead.numel()} input features were always zero: their weights are now 0")
         scales = stored_scales(grids) if grids else None
         return Decision(keep_KN.T.contiguous(), w_KN.T, scales, tuple(notes))
 
-    def _order(self, diagonal: Tensor) -> Tensor | None:
+    def _order(self, statistics: Hessian) -> Tensor | None:
         """Return the input features [K] in the order of the walk; None for the order that they have."""
         sorts = is_quantised(self.format) if self.strongest_first is None else self.strongest_first
         if not sorts:
             return None
-        pattern, K = self.parsed_pattern, len(diagonal)
+        pattern, diagonal = self.parsed_pattern, statistics.matrix.diagonal()
         unit = pattern.m if isinstance(pattern, NM) else pattern.columns if isinstance(pattern, Block) else 1
-        index = torch.arange(K, device=diagonal.device)
-        whole = K // unit * unit
+        index = torch.arange(len(diagonal), device=diagonal.device)
+        whole = (len(diagonal) - statistics.num_last) // unit * unit
         by_strength = diagonal[:whole].view(-1, unit).sum(dim=1).argsort(descending=True, stable=True)
         return torch.cat((index[:whole].view(-1, unit)[by_strength].flatten(), index[whole:]))
 

@@ -42,15 +42,17 @@ def stored(scale, format):
     return torch.tensor(scale, dtype=torch.bfloat16 if format == "semi24_int4" else torch.float32).double().item()
 
 
-def reference(w_NK, x_MK, format, pattern="2:4", strongest_first=True, frac=0.01):
+def reference(w_NK, x_MK, format, pattern="2:4", strongest_first=True, frac=0.01, num_last=0, H=None, known=None):
     """One row after another, one column after another, with an explicit inverse for each column.
 
+    The last `num_last` columns come last, in their order. H can be given where rounding x would blur it, and `keep`
+    where it is known.
     Returns keep, q and the scale of every entry.
     """
     pattern = parse_pattern(pattern)
     W = w_NK.double()
     N, K = W.shape
-    H0 = x_MK.double().T @ x_MK.double()
+    H0 = x_MK.double().T @ x_MK.double() if H is None else H.double()
     live = H0.diagonal() > 0
     level = H0.diagonal()[live].mean()
     H = H0 + torch.diag(torch.where(live, frac * level, level))
@@ -59,6 +61,7 @@ def reference(w_NK, x_MK, format, pattern="2:4", strongest_first=True, frac=0.01
     groups = [list(range(K))[i : i + pattern.m] for i in range(0, K, pattern.m)]
     if strongest_first:
         groups.sort(key=lambda g: (len(g) < pattern.m, -H0.diagonal()[g].sum().item()))
+        groups.sort(key=lambda g: g[0] if g[0] >= K - num_last else -1)
     order = [k for group in groups for k in group]
     inverses = {k: torch.linalg.inv(H[order[i:]][:, order[i:]]) for i, k in enumerate(order)}
     keep, q = torch.ones(N, K, dtype=torch.bool), torch.zeros(N, K, dtype=torch.float64)
@@ -68,6 +71,8 @@ def reference(w_NK, x_MK, format, pattern="2:4", strongest_first=True, frac=0.01
         for group in groups:
             costs = {k: w[k].item() ** 2 / inverses[k][0, 0].item() for k in group}
             kept = sorted(group, key=lambda k: (-costs[k], k))[: pattern.n]
+            if known is not None:
+                kept = [k for k in group if known[n, k]]
             for k in group:
                 keep[n, k] = k in kept
                 target = 0.0
