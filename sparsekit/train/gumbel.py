@@ -1,9 +1,9 @@
-"""N:M masks that are drawn, so that gradients reach the choice (MaskLLM, arXiv 2409.17481, section 3).
+"""N:M masks that are drawn, so that gradients reach the choice (MaskLLM, arXiv 2409.17481).
 
 Each group of M consecutive inputs of a row has one logit pi_c for each of its candidates M_c, the C(M, N) ways to keep
 N of M: six for 2:4. A forward in training mode multiplies the frozen weight by a soft mask,
 
-    y = softmax((kappa pi + g) / tau),   g ~ Gumbel(0, 1),   mask = sum_c y_c M_c,   out = x @ (mask * W).T   (eq. 4, 5)
+    y = softmax((kappa pi + g) / tau),   g ~ Gumbel(0, 1),   mask = sum_c y_c M_c,   out = x @ (mask * W).T
 
 which tends to a draw from softmax(kappa pi) as tau falls; one in eval mode takes the likeliest candidate.
 
@@ -79,18 +79,16 @@ def possible(pattern: NM, length: int) -> Tensor:
     return candidates(pattern)[:, :length].sum(dim=1) == min(pattern.n, length)
 
 
-def initial_logits(
-    prior_keep: Tensor, pattern: NM, *, std: float, strength: float, generator: torch.Generator
-) -> Tensor:
-    """Return logits fp32 [N, ceil(K / M), C] that lean to a mask (section 3.4, eq. 8).
+def initial_logits(prior_keep: Tensor, pattern: NM, *, lean: float, std: float, generator: torch.Generator) -> Tensor:
+    """Return logits fp32 [N, ceil(K / M), C] that lean to a mask.
 
-    pi_c ~ N(0, std^2) + (sim_c - N^2 / M) * std * strength, sim_c the number of entries that candidate and prior mask
-    both keep, N^2 / M its mean over candidates (1 for 2:4). What a shorter last group cannot take has -inf.
+    pi_c = (sim_c - N^2 / M) * lean + N(0, std^2), sim_c the number of entries that candidate and prior mask both keep,
+    N^2 / M its mean over candidates (1 for 2:4). What a shorter last group cannot take has -inf.
 
     Args:
         prior_keep: boolean [N, K] that obeys the pattern.
-        std: of the noise, and unit of the lean.
-        strength: how far a candidate that has one entry more in common stands above, in units of `std`.
+        lean: how far a candidate stands above one that has one entry less in common with the prior.
+        std: of the noise.
         generator: of the noise.
     """
     rows, K = prior_keep.shape
@@ -98,7 +96,7 @@ def initial_logits(
     groups = _groups(prior_keep.float(), pattern.m)
     noise = torch.randn(*groups.shape[:2], len(table), generator=generator, device=generator.device)
     overlap = groups @ table.T - pattern.n**2 / pattern.m
-    logits = noise.to(prior_keep.device).mul_(std).add_(overlap, alpha=std * strength)
+    logits = noise.to(prior_keep.device).mul_(std).add_(overlap, alpha=lean)
     if rest := K % pattern.m:
         logits[:, -1, ~possible(pattern, rest).to(logits.device)] = -torch.inf
     return logits

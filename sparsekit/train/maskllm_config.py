@@ -13,6 +13,7 @@ from sparsekit.train.gumbel import candidates
 PRIORS = ("magnitude", "wanda", "sparsegpt", "ria", "alps")
 KD_KINDS = ("forward_kl", "reverse_kl")
 COSINE_TO_A_TENTH = ("cosine_with_min_lr", {"min_lr_rate": 0.1})
+PAPER_RATE, PAPER_STEPS = 5e-4, 2000
 
 
 @dataclass
@@ -23,28 +24,34 @@ class MaskLLMConfig(SparseTrainingArguments):
     bytes a weight beside the frozen ones. No second copy of the model is held, not even for distillation, whose teacher
     has the very same weights.
 
+    Where not said otherwise, defaults are those of the published code (NVlabs/MaskLLM, LLaMA2-7B).
+
     Attributes:
         prior: mask to lean to at first: the name of a one-shot method, or a `Plan`. Weights that the method would
             update stay as they are.
-        prior_strength: how far logits stand above one another for each entry that candidate and prior have in common,
-            in units of `logit_std` (section 4.1: 3); 0 for no prior.
-        logit_std: standard deviation of the first logits.
-        kappa_start, kappa_end: factor of the logits, linear in the step (table 10: 100 to 500).
-        tau_start, tau_end: temperature of the soft masks, linear in the step (4 to 0.05).
-        energy_weight: of -sum ||mask * W||^2 in the loss, which keeps gradients from vanishing (eq. 9); falls linearly
-            to 0.
-        kd_weight: weight of the KL divergence from the dense model; 0 (the paper) trains on the text alone.
+        prior_lean: how far a candidate's first logit stands above that of one which has one entry less in common with
+            the prior; 0 for no prior.
+        logit_std: standard deviation of noise in the first logits. The published code has 0.01, by which one group in
+            18 leaves the prior before anything is learnt, and has to find back; the draws explore without it.
+        kappa_start, kappa_end: factor of the logits, linear in the step.
+        tau_start, tau_end: temperature of the soft masks, linear in the step.
+        energy_weight: of -sum ||mask * W||^2 in the loss, which pulls towards large weights and so keeps gradients from
+            vanishing; falls linearly to 0. What the log shows as loss leaves it out.
+        kd_weight: weight of the KL divergence from the dense model; 0 trains on the text alone.
         ce_weight: weight of the cross entropy with the text; None for 1 - kd_weight.
         temperature: of the KL divergence; the loss is multiplied by its square.
         kd_kind: "forward_kl" or "reverse_kl".
         num_calibration_samples: samples of the training data for the prior.
+        learning_rate: of Adam, cosine to a tenth. "auto" is 5e-4 * sqrt(2000 / steps): the published one for the
+            published 2000 steps; for any number of steps, as many that cancel one another carry a logit as far, which
+            is about as far as the prior leans.
     """
 
     method: ClassVar[str] = "maskllm"
 
     prior: Any = "sparsegpt"
-    prior_strength: float = 3.0
-    logit_std: float = 0.01
+    prior_lean: float = 0.03
+    logit_std: float = 0.0
     kappa_start: float = 100.0
     kappa_end: float = 500.0
     tau_start: float = 4.0
@@ -55,7 +62,7 @@ class MaskLLMConfig(SparseTrainingArguments):
     temperature: float = 2.0
     kd_kind: str = "forward_kl"
     num_calibration_samples: int = 128
-    learning_rate: float = field(default=5e-4)
+    learning_rate: Any = field(default="auto")
     lr_scheduler_type: str = field(default=COSINE_TO_A_TENTH[0])
     warmup_steps: float = field(default=0)
     weight_decay: float = field(default=0.1)
@@ -67,15 +74,17 @@ class MaskLLMConfig(SparseTrainingArguments):
             self.lr_scheduler_kwargs = dict(COSINE_TO_A_TENTH[1])
         super().__post_init__()
         candidates(self.parsed_pattern)
-        for name in ("kappa_start", "kappa_end", "tau_start", "tau_end", "logit_std", "temperature"):
+        for name in ("kappa_start", "kappa_end", "tau_start", "tau_end", "temperature"):
             value = getattr(self, name)
             check_not_negative(name, value)
             if value == 0:
                 raise ValueError(f"{name}=0 must be greater than 0, as {type(self).__dataclass_fields__[name].default}")
+        if self.learning_rate != "auto":
+            check_not_negative("learning_rate", self.learning_rate)
         check_share("kd_weight", self.kd_weight)
         if self.ce_weight is None:
             self.ce_weight = 1 - self.kd_weight
-        for name in ("prior_strength", "energy_weight", "ce_weight"):
+        for name in ("prior_lean", "logit_std", "energy_weight", "ce_weight"):
             check_not_negative(name, getattr(self, name))
         if self.kd_weight + self.ce_weight == 0:
             raise ValueError("kd_weight and ce_weight are both 0: there is nothing to learn from")
@@ -83,12 +92,16 @@ class MaskLLMConfig(SparseTrainingArguments):
             raise ValueError(unknown("kd_kind", self.kd_kind, list(KD_KINDS)))
         if not isinstance(self.prior, Plan) and self.prior not in PRIORS:
             raise ValueError(unknown("prior", self.prior, list(PRIORS)) + " A Plan will do, too.")
-        kwargs = self.gradient_checkpointing_kwargs
-        if self.gradient_checkpointing and isinstance(kwargs, dict) and kwargs.get("use_reentrant"):
-            raise ValueError(
-                "gradient_checkpointing_kwargs={'use_reentrant': True} gives frozen weights no gradient to pass on: "
-                "leave it out"
-            )
+        for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):  # its name from 5.20 on
+            kwargs = getattr(self, name, None)
+            if isinstance(kwargs, dict) and kwargs.get("use_reentrant"):
+                raise ValueError(
+                    f"{name}: use_reentrant=True loses the gradient where weights are frozen: leave it out"
+                )
+
+    def learning_rate_for(self, num_steps: int) -> float:
+        """Return the peak of the learning rate for a run of so many optimizer steps."""
+        return PAPER_RATE * (PAPER_STEPS / num_steps) ** 0.5 if self.learning_rate == "auto" else self.learning_rate
 
     def train_(
         self,

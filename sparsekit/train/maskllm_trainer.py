@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from sparsekit.errors import PatternError, Unsupported
+from sparsekit.interrupt import uninterrupted
 from sparsekit.masks import Mask
+from sparsekit.methods import method_config
 from sparsekit.nn import SideLinear, replace_layer_
 from sparsekit.nn.side import _why_no_branch
 from sparsekit.plan import MadeBy, Plan
-from sparsekit.prune import prune_
+from sparsekit.prune import installed_versions, prune_
 from sparsekit.targets import find_targets, set_weight_NK_, show_entries, weight_NK
 from sparsekit.train.data import IGNORED
 from sparsekit.train.distill import distillation_loss
@@ -49,6 +51,7 @@ class MaskLLMTrainer(SparseTrainer):
         prior: the plan that the logits leaned to at first.
     Raises:
         ValueError: bad arguments or data, or a layer that can take no mask.
+        Unsupported: FSDP or DeepSpeed.
     """
 
     args: MaskLLMConfig
@@ -65,8 +68,8 @@ class MaskLLMTrainer(SparseTrainer):
         layers = find_targets(model, args.targets, args.ignore)
         _refuse_unmaskable(layers)
         super().__init__(model, args, train_dataset, eval_dataset, processing_class, **kwargs)
-        if args.n_gpu > 1 or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise Unsupported("masks are learnt on one device, or with one process a device: accelerate launch (DDP)")
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise Unsupported("masks are learnt in layers that stand in for others, which cannot be sharded: use DDP")
         self.layer_names = list(layers)
         self.prior: Plan | None = None
         self.teacher: Teacher | None = None
@@ -75,7 +78,7 @@ class MaskLLMTrainer(SparseTrainer):
         self._masked: dict[str, DrawnMaskLinear] = {}
         self._dense_energy = 0.0
         self._plan: Plan | None = None
-        self.add_callback(_StepBegin(self))
+        self.add_callback(_Begin(self))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; as `SparseTrainer.train`. The layers are plain again afterwards, whatever happens."""
@@ -114,52 +117,50 @@ class MaskLLMTrainer(SparseTrainer):
         model.requires_grad_(False)
         if args.kd_weight > 0:
             self.teacher = Teacher(_twin(model))
-        generator = torch.Generator().manual_seed(args.seed)
+        places, generator = _places(model, list(layers)), torch.Generator().manual_seed(args.seed)
         for index, (name, mask) in enumerate(self.prior.masks.items()):
             logits = initial_logits(
                 mask.keep,
                 args.parsed_pattern,
+                lean=args.prior_lean,
                 std=args.logit_std,
-                strength=args.prior_strength,
                 generator=generator,
             )
             masked = DrawnMaskLinear(layers[name], logits, args.parsed_pattern, self._draw, index)
-            for place in _places(model, [name])[name]:
+            for place in places[name]:
                 replace_layer_(model, place, masked)
             self._masked[name] = masked
         self._dense_energy = sum(float(layer.weight.float().square().sum()) for layer in self._masked.values())
 
     def _prune_once(self, model: nn.Module, layers: dict[str, nn.Module]) -> Plan:
         """Return the plan of a one-shot method; weights stay as they are."""
+        args = self.args
+        samples = [] if args.prior == "magnitude" else self.calibration_samples(args.num_calibration_samples)
+        inputs = [{key: value for key, value in sample.items() if key != "labels"} for sample in samples]
         dense = {name: weight_NK(layer).to("cpu", copy=True) for name, layer in layers.items()}
         try:
-            return prune_(
+            plan = prune_(
                 model,
-                self.args.prior,
-                dataset=None if self.args.prior == "magnitude" else self._calibration(),
-                targets=self.args.targets,
-                ignore=self.args.ignore,
-                num_calibration_samples=self.args.num_calibration_samples,
-                seed=self.args.seed,
-                progress=not self.args.disable_tqdm,
+                method_config(args.prior, pattern=args.pattern),
+                dataset=inputs or None,
+                targets=args.targets,
+                ignore=args.ignore,
+                num_calibration_samples=args.num_calibration_samples,
+                seed=args.seed,
+                progress=not args.disable_tqdm,
             )
         finally:
-            for name, w_NK in dense.items():
-                set_weight_NK_(layers[name], w_NK)
-
-    def _calibration(self) -> list[Tensor]:
-        samples = self.train_samples
-        if samples is None:
-            raise ValueError("train_dataset is missing: training needs data")
-        generator = torch.Generator().manual_seed(self.args.seed)
-        chosen = torch.randperm(len(samples), generator=generator)[: self.args.num_calibration_samples].tolist()
-        return [samples[index]["input_ids"][None] for index in chosen]
+            with uninterrupted():
+                for name, w_NK in dense.items():
+                    set_weight_NK_(layers[name], w_NK)
+        self.notes += plan.notes
+        return plan
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         args = self.args
         self.optimizer = torch.optim.AdamW(
             [layer.mask_logits for layer in self._masked.values()],
-            lr=args.learning_rate,
+            lr=args.learning_rate_for(self.state.max_steps),
             betas=(args.adam_beta1, args.adam_beta2),
             eps=args.adam_epsilon,
             weight_decay=args.weight_decay,
@@ -167,7 +168,14 @@ class MaskLLMTrainer(SparseTrainer):
         )
         return self.optimizer
 
+    def what_may_diverge(self) -> str:
+        return f"lower learning_rate={self.args.learning_rate_for(self.state.max_steps):.3g}"
+
     # --- steps -----------------------------------------------------------------------------------------------------
+
+    def begin_training(self) -> None:
+        """Prepare what accelerate has wrapped by now."""
+        self.without_fp32_copies()
 
     def begin_step(self) -> None:
         """Set what this optimizer step draws with."""
@@ -266,24 +274,34 @@ class MaskLLMTrainer(SparseTrainer):
         return self._plan
 
     def _plan_of_masks(self) -> Plan:
-        assert self.prior is not None
-        args = self.args
+        args, samples, model = self.args, self.train_samples, self.accelerator.unwrap_model(self.model)
         made_by = MadeBy(
             method=args.method,
             config=args.own_fields(),
+            base_model=str(getattr(model.config, "_name_or_path", "") or type(model).__name__),
+            data_digest="" if samples is None else samples.digest(),
+            num_samples=0 if samples is None else len(samples),
+            sample_length=0 if samples is None else max(len(sample["input_ids"]) for sample in samples.samples),
             seed=args.seed,
+            versions=installed_versions(),
             targets=show_entries(args.targets),
             ignore=show_entries(args.ignore),
         )
         masks = {name: Mask(args.pattern, layer.keep().cpu()) for name, layer in self._masked.items()}
-        return Plan(masks, made_by, notes=list(self.prior.notes))
+        notes = list(self.notes)
+        if self.state.global_step < self.state.max_steps:
+            notes.append(f"training ended at step {self.state.global_step}, before draws had narrowed to single masks")
+        return Plan(masks, made_by, notes=notes)
 
 
-class _StepBegin(TrainerCallback):
-    """Tells the trainer that an optimizer step begins."""
+class _Begin(TrainerCallback):
+    """Tells the trainer that training begins, and each optimizer step."""
 
     def __init__(self, trainer: MaskLLMTrainer) -> None:
         self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.begin_training()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.begin_step()
@@ -297,15 +315,23 @@ def _twin(model: nn.Module) -> nn.Module:
 
 def _places(model: nn.Module, names: list[str]) -> dict[str, list[str]]:
     """Return all names that the modules of these names have, for one may stand in several places."""
-    modules = [(place, module) for place, module in model.named_modules(remove_duplicate=False)]
-    return {name: [place for place, module in modules if module is model.get_submodule(name)] for name in names}
+    places: dict[nn.Module, list[str]] = {}
+    for place, module in model.named_modules(remove_duplicate=False):
+        places.setdefault(module, []).append(place)
+    return {name: places[model.get_submodule(name)] for name in names}
 
 
 def _checked(prior: Plan, layers: dict[str, nn.Module], pattern: str) -> Plan:
     """Return the part of a plan that concerns these layers after holding it against them."""
+    if prior.cuts or prior.side:
+        raise ValueError("prior: the plan holds cuts or side branches: apply_ it, and pass a plan of masks alone")
     masks: dict[str, Mask] = {}
     for name, layer in layers.items():
         shape = tuple(weight_NK(layer).shape)
+        if name in prior.perms and not prior.perms[name].is_in(weight_NK(layer)):
+            raise ValueError(
+                f"prior: the plan reorders the inputs of {name}, and this model's are not: apply_ it first"
+            )
         if name not in prior.masks:
             raise ValueError(f"prior: the plan has no mask for {name}: make it with the same targets and ignore")
         if prior.masks[name].shape != shape:
