@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import sparsekit as sk
-from sparsekit.errors import NonFiniteError, PatternError
+from sparsekit.errors import NonFiniteError, PatternError, Unsupported
 from sparsekit.masks import Mask
 from sparsekit.patterns import NM, Unstructured
 from sparsekit.plan import Plan
@@ -530,9 +530,7 @@ def test_bad_arguments_are_named(ast, options, message):
 
 def test_a_masked_decay_that_would_diverge_is_refused_before_the_first_step(llama, tokens, ast):
     model = llama()
-    with pytest.raises(
-        ValueError, match=r"masked_decay=60 times the learning rate reaches 1.02.*at most 58.6.*'auto'"
-    ):
+    with pytest.raises(ValueError, match=r"masked_decay=60 times the learning rate reaches 1.02.*at most 58.6.*'auto'"):
         ASTTrainer(model, ast(masked_decay=60.0, warmup_steps=0), tokens()).train()
     assert not any(parameter.grad is not None for parameter in model.parameters())
     ASTTrainer(model, ast(masked_decay=60.0, warmup_steps=0, masked_decay_kind="paper", max_steps=1), tokens()).train()
@@ -570,6 +568,16 @@ def test_a_dataset_shorter_than_one_batch_is_refused(llama, tokens, ast):
 def test_a_model_that_predicts_no_tokens_is_refused(llama, tokens, ast):
     with pytest.raises(ValueError, match="LlamaModel predicts no tokens.*AutoModelForCausalLM"):
         ASTTrainer(llama().model, ast(), tokens())
+
+
+@pytest.mark.parametrize("way", ["is_deepspeed_enabled", "is_fsdp_enabled"])
+def test_ways_to_shard_that_flatten_weights_are_refused(llama, tokens, ast, monkeypatch, way):
+    create = ASTTrainer.create_accelerator_and_postprocess
+    monkeypatch.setattr(
+        ASTTrainer, "create_accelerator_and_postprocess", lambda self: (create(self), setattr(self, way, True))
+    )
+    with pytest.raises(Unsupported, match="DeepSpeed and FSDP1 cut weights into flat pieces.*'version': 2.*or DDP"):
+        ASTTrainer(llama(), ast(), tokens())
 
 
 class Poisoned(ASTTrainer):

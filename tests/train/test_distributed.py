@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
+import sparsekit as sk
 from sparsekit.errors import NonFiniteError, Unsupported
-from sparsekit.plan import Plan
 from sparsekit.train.ast_config import ASTConfig
 from sparsekit.train.ast_trainer import ASTTrainer
 
@@ -24,6 +24,7 @@ BRANCHES = {"slorb_group": 16, "slorb_init": "data", "slorb_train_x": True, "wei
 MICRO_BATCHES = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1, "gradient_checkpointing": True}
 FOLLOWING = {"masked_decay_kind": "gradient", "start": "sparsegpt"}
 
+BF16 = "fsdp, bf16"
 RUNS = {
     "ddp": ({}, {}),
     "ddp, micro-batches, branches": ({}, {**MICRO_BATCHES, **BRANCHES}),
@@ -31,6 +32,10 @@ RUNS = {
     "fsdp, sharded state, micro-batches, branches": (SHARDED, {**MICRO_BATCHES, **BRANCHES}),
 }
 """Name -> how the run is spread, what is run."""
+
+
+RUNS_IN_TWO = {**RUNS, BF16: (FULL, {"bf16": True})}
+"""With those that one process does not do to the bit: sharded, weights are cast to bf16 before they are multiplied."""
 
 
 def llama():
@@ -76,17 +81,22 @@ def arguments(folder, num_processes, **options):
     return ASTConfig(**options)
 
 
-def trainer_for(model, args, cls=ASTTrainer):
-    """Make a trainer; where `args` ask for FSDP it shards. accelerate does that on accelerators alone, and on CPUs
-    takes DDP instead without a word, so it is told here that these are accelerators; the device stays the CPU."""
+def spread_as(args):
+    """Let accelerate shard where `args` ask for FSDP. It does that on accelerators alone, and on CPUs takes DDP instead
+    without a word, so it is told here that these are accelerators; the device stays the CPU."""
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
 
-    kind = DistributedType.MULTI_XPU if args.fsdp else DistributedType.MULTI_CPU
+    assert args.device.type == "cpu" and args.world_size == 2
     AcceleratorState._reset_state()
+    kind = DistributedType.MULTI_XPU if args.fsdp else DistributedType.MULTI_CPU
     PartialState._shared_state["distributed_type"] = kind
+
+
+def trainer_for(model, args, cls=ASTTrainer):
+    spread_as(args)
     trainer = cls(model, args, tokens())
-    assert trainer.is_fsdp_enabled == bool(args.fsdp) and args.device.type == "cpu" and args.world_size == 2
+    assert trainer.is_fsdp_enabled == bool(args.fsdp)
     return trainer
 
 
@@ -106,6 +116,15 @@ def outcome(trainer):
     }
 
 
+def pruned(args):
+    """Masks and weights that `prune_` gives."""
+    model = llama()
+    spread_as(args)
+    plan = sk.prune_(model, args, dataset=tokens(), progress=False)
+    assert not any(hasattr(module, "_original_forward") for module in model.modules())
+    return {name: mask.keep for name, mask in plan.masks.items()}, model.state_dict()
+
+
 class NanOnTheSecond(ASTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -116,7 +135,7 @@ def work(folder):
     """What each of two processes does."""
     rank = int(os.environ["RANK"])
     found = {}
-    for name, (spread, options) in RUNS.items():
+    for name, (spread, options) in RUNS_IN_TWO.items():
         run = folder / name
         trainer = trainer_for(llama(), arguments(run, 2, **spread, **options))
         trainer.train()
@@ -131,14 +150,15 @@ def work(folder):
     trainer = trainer_for(model, arguments(folder / "other", 2, save_strategy="no"))
     trainer.train()
     found["ddp, first rank's weights"] = outcome(trainer)
-    try:
-        trainer_for(llama(), arguments(folder / "nan", 2), NanOnTheSecond).train()
-    except NonFiniteError as error:
-        found["nan"] = str(error)
-    try:
-        trainer_for(gpt2(), arguments(folder / "gpt2", 2, **FULL)).train()
-    except Unsupported as error:
-        found["cut groups"] = str(error)
+    found["prune_, ddp"] = pruned(arguments(folder / "prune", 2, save_strategy="no"))
+    for name, call in {
+        "nan": lambda: trainer_for(llama(), arguments(folder / "nan", 2), NanOnTheSecond).train(),
+        "cut groups": lambda: trainer_for(gpt2(), arguments(folder / "gpt2", 2, **FULL)).train(),
+        "prune_, fsdp": lambda: pruned(arguments(folder / "prune", 2, **FULL)),
+    }.items():
+        with pytest.raises((NonFiniteError, Unsupported)) as caught:
+            call()
+        found[name] = str(caught.value)
     torch.save(found, folder / f"rank{rank}.pt")
 
 
@@ -181,7 +201,7 @@ def test_two_processes_train_what_one_does(ranks, tmp_path, name):
 
 
 @pytest.mark.parametrize("resumed", ["", ", resumed"])
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", RUNS_IN_TWO)
 def test_all_ranks_hold_the_same(ranks, name, resumed):
     one, two = (rank[name + resumed] for rank in ranks)
     assert one["sharded"] == two["sharded"] == name.startswith("fsdp")
@@ -200,7 +220,7 @@ def test_all_ranks_hold_the_same(ranks, name, resumed):
         assert torch.equal(one["weights"][f"{layer}.weight"] != 0, keep)
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", RUNS_IN_TWO)
 def test_resuming_changes_nothing(ranks, name):
     straight, resumed = ranks[0][name], ranks[0][f"{name}, resumed"]
     assert straight["losses"] == resumed["losses"]
@@ -215,24 +235,27 @@ def test_the_first_rank_decides(ranks):
 
 
 def test_nan_on_one_rank_stops_both(ranks):
-    assert "the loss is nan at step 4" in ranks[1]["nan"]
-    assert "the norm of the gradients is nan at step 4" in ranks[0]["nan"]
+    for rank in ranks:
+        assert "the loss is nan at step 4: stopped before the weights changed" in rank["nan"]
+
+
+def test_pruning_in_two_processes_is_training_in_two(ranks):
+    for rank in ranks:
+        masks, weights = rank["prune_, ddp"]
+        assert masks.keys() == rank["ddp"]["masks"].keys()
+        assert all(torch.equal(keep, masks[name]) for name, keep in rank["ddp"]["masks"].items())
+        assert all(torch.equal(value, weights[name]) for name, value in rank["ddp"]["weights"].items())
+
+
+def test_pruning_a_model_that_is_sharded_is_refused(ranks):
+    for rank in ranks:
+        assert "FSDP leaves it in shards" in rank["prune_, fsdp"] and "trained_model()" in rank["prune_, fsdp"]
 
 
 def test_groups_that_sharding_would_cut_are_refused(ranks):
     for rank in ranks:
         assert "sharded along in_features, which cuts groups of 2:4" in rank["cut groups"]
         assert "or DDP" in rank["cut groups"]
-
-
-def test_a_plan_is_a_plan_again_on_disk(ranks, tmp_path):
-    """What one rank of a sharded run says is all that is needed."""
-    masks = ranks[1]["fsdp, whole state"]["masks"]
-    from sparsekit.masks import Mask
-
-    plan = Plan({name: Mask("2:4", keep) for name, keep in masks.items()})
-    plan.save(tmp_path / "plan.safetensors")
-    assert Plan.load(tmp_path / "plan.safetensors") == plan
 
 
 if __name__ == "__main__":
