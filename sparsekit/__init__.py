@@ -56,6 +56,7 @@ def __getattr__(name: str) -> _Any:
 def __dir__() -> list[str]:
     return sorted({*globals(), *_TRAINING})
 
+
 __all__ = [
     "ALPS",
     "AWQ",

@@ -27,6 +27,14 @@ class Snapshot:
             own = self.model.get_submodule(name).named_parameters(recurse=False)
             self._parameters[name] = {key: parameter.detach().to("cpu", copy=True) for key, parameter in own}
 
+    def originals(self) -> dict[str, Tensor]:
+        """Return the remembered parameters by qualified name, on the CPU, as they were."""
+        return {
+            f"{name}.{key}" if name else key: tensor
+            for name, parameters in self._parameters.items()
+            for key, tensor in parameters.items()
+        }
+
     def restore(self) -> None:
         """Turn layers packed since back into dense ones, take away side branches put there since, and put every
         remembered parameter back, bit for bit."""

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from sparsekit.nn import unwrapped
 from sparsekit.pack import pack_
 from sparsekit.patterns import NM, Block, Pattern, parse_pattern
 from sparsekit.prune import prune_
+from sparsekit.reconstruct import reconstruct_
 from sparsekit.snapshot import restored_on_failure
 from sparsekit.surgery import apply_
 from sparsekit.targets import find_targets, weight_NK
@@ -40,6 +42,7 @@ def sparsify(
     num_calibration_samples: int = 128,
     max_seq_length: int = 2048,
     batch_size: int = 1,
+    reconstruct: bool = False,
     format: str = "auto",
     backend: str = "auto",
     seed: int = 0,
@@ -62,6 +65,9 @@ def sparsify(
         constraints: a budget instead of a sparsity; no one-shot method takes one.
         targets, ignore: class names, "re:..." on the qualified name, names, or a callable `(module, name) -> bool`.
         num_calibration_samples, max_seq_length, batch_size: how much of the dataset is used, and how.
+        reconstruct: after a one-shot method, refit what it kept to what each block gave when it was dense, on the same
+            data; see `reconstruct_`, which takes the settings. With a quantised format the weights are rounded after
+            that, by SparseGPT.
         format: of the packed weights; "auto" packs what fits. A quantised one ("semi24_int8", "semi24_int4",
             "semi24_fp8") makes SparseGPT round while it prunes, each error made up for by the columns to come, in one
             pass; after the other methods the weights are rounded to nearest. Weights that obey the pattern already
@@ -89,6 +95,8 @@ def sparsify(
     if backend != "auto" and wanted == NM(2, 4):
         # now, and not after an hour of pruning
         _refuse_unrunnable(layers, "semi24" if format == "auto" else format, backend)
+    if reconstruct:
+        _refuse_to_reconstruct(method, dataset, wanted if method is None and _obey(layers, wanted) else None)
     with restored_on_failure(model) as snapshot:
         if method is None and _obey(layers, wanted) and not (dataset is not None and is_quantised(format)):
             plan = None
@@ -98,19 +106,26 @@ def sparsify(
         else:
             config = _choose_method(method, wanted, sparsity, format, has_data=dataset is not None)
             wanted, format = config.parsed_pattern, config.format or format
-            plan = prune_(
-                model,
-                config,
-                dataset=dataset,
-                tokenizer=tokenizer,
-                targets=targets,
-                ignore=ignore,
-                num_calibration_samples=num_calibration_samples,
-                max_seq_length=max_seq_length,
-                batch_size=batch_size,
-                seed=seed,
-                progress=progress,
-            )
+            given: dict[str, Any] = {
+                "dataset": dataset,
+                "tokenizer": tokenizer,
+                "targets": targets,
+                "ignore": ignore,
+                "num_calibration_samples": num_calibration_samples,
+                "max_seq_length": max_seq_length,
+                "seed": seed,
+                "progress": progress,
+            }
+            if not reconstruct:
+                plan = prune_(model, config, batch_size=batch_size, **given)
+            else:
+                assert isinstance(config, OneShot), "_refuse_to_reconstruct let it pass"
+                plan = prune_(model, replace(config, format=None), batch_size=batch_size, **given)
+                reconstruct_(model, plan, dense=snapshot.originals(), **given)
+                if is_quantised(config.format):
+                    rounding = SparseGPT(pattern=config.pattern, sparsity=config.sparsity, format=config.format)
+                    notes, plan = plan.notes, prune_(model, rounding, batch_size=batch_size, **given)
+                    plan.notes = list(dict.fromkeys([*notes, *plan.notes]))
             apply_(model, plan)
             for note in plan.notes:
                 warnings.warn(note, stacklevel=2)
@@ -151,6 +166,22 @@ def _choose_method(method: Any, pattern: Pattern, sparsity: float, format: str, 
         config.format = wanted_format or config.format
         return config
     return replace(config, format=wanted_format or config.format)
+
+
+def _refuse_to_reconstruct(method: Any, dataset: Any, obeyed: Pattern | None) -> None:
+    """Raise ValueError where there is nothing to refit to, or nothing to refit with."""
+    if obeyed is not None:
+        raise ValueError(
+            f"reconstruct=True: the weights obey {obeyed} already, so those from before pruning are gone. Call "
+            "sparsekit.reconstruct_(model, dense=...) with the original model, and sparsify after it"
+        )
+    if dataset is None:
+        raise ValueError("reconstruct=True needs calibration data: pass dataset= and tokenizer=")
+    if isinstance(dataset, Iterator):
+        raise ValueError("reconstruct=True reads the dataset more than once, and an iterator runs dry: pass a list")
+    trains = method.strip().lower() in TRAINED if isinstance(method, str) else is_trained(method)
+    if trains:
+        raise ValueError("reconstruct=True is for one-shot methods: this one trains the kept weights already")
 
 
 def _refuse_unrunnable(layers: dict[str, nn.Module], format: str, backend: str) -> None:

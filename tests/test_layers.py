@@ -24,7 +24,7 @@ ORDER = [
     {"archs", "snapshot", "check", "checkpoint"},
     {"calibration", "surgery"},
     {"methods"},
-    {"prune", "benchmarking", "evaluate"},
+    {"prune", "reconstruct", "benchmarking", "evaluate"},
     {"train"},
     {"sparsify", "doctor"},
     {"__init__"},
@@ -32,7 +32,7 @@ ORDER = [
     {"__main__"},
 ]
 RANK = {name: rank for rank, row in enumerate(ORDER) for name in row}
-TRAINING = {"archs", "calibration", "methods", "prune", "surgery"}
+TRAINING = {"archs", "calibration", "methods", "prune", "reconstruct", "surgery"}
 RUNTIME = {"formats", "ops", "backends", "nn", "hf", "pack", "checkpoint"}
 
 

@@ -48,8 +48,7 @@ class Recorder:
 
     def begin(self, batch: Batch) -> None:
         """Say which batch comes next: its attention masks tell the tokens from the padding."""
-        masks = [batch[key].bool() for key in _MASKS if key in batch and batch[key].dim() == 2]
-        self._masks = [mask for mask in masks if not mask.all()]
+        self._masks = padding_masks(batch)
         self._last = None
 
     def result(self) -> dict[str, Statistics | None] | None:
@@ -69,7 +68,7 @@ class Recorder:
             leader = self._leader_of(name, x)
             self._calls[name] += 1
             if leader == name:
-                self._statistics[name].add(self._tokens(x))
+                self._statistics[name].add(without_padding(x, self._masks))
 
         return hook
 
@@ -86,14 +85,21 @@ class Recorder:
             self._last = (x, x._version, leader)
         return leader
 
-    def _tokens(self, x: Tensor) -> Tensor:
-        """Return the rows of x [..., K] that are no padding, as [M, K]."""
-        for mask in self._masks:
-            if x.shape[:-1] == mask.shape:
-                return x[mask.to(x.device)]
-            if x.dim() == 2 and x.shape[0] == mask.numel():
-                return x[mask.view(-1).to(x.device)]
-        return x.reshape(-1, x.shape[-1])
+
+def padding_masks(batch: Batch) -> list[Tensor]:
+    """Return the attention masks [B, T] of a batch in which anything is masked, True = a token."""
+    masks = [batch[key].bool() for key in _MASKS if key in batch and batch[key].dim() == 2]
+    return [mask for mask in masks if not mask.all()]
+
+
+def without_padding(x: Tensor, masks: list[Tensor]) -> Tensor:
+    """Return the rows of x [..., K] that are no padding, as [M, K]; the first mask of its shape decides."""
+    for mask in masks:
+        if x.shape[:-1] == mask.shape:
+            return x[mask.to(x.device)]
+        if x.dim() == 2 and x.shape[0] == mask.numel():
+            return x[mask.view(-1).to(x.device)]
+    return x.reshape(-1, x.shape[-1])
 
 
 def _is_same(x: Tensor, last: tuple[Tensor, int, str]) -> bool:

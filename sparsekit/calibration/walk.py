@@ -64,6 +64,7 @@ class Walk:
     Attributes:
         steps: in the order in which the model runs them.
         weights: parameters and buffers to run with in place of the model's own, by qualified name.
+        calls: how often each layer and block ran in the dry run, by name.
         replays: whether blocks that are done stand in for themselves; if not, they run again each time.
     """
 
@@ -71,6 +72,7 @@ class Walk:
         self.model, self.layers, self.batches = model, layers, batches
         self.steps: list[Step] = []
         self.weights: dict[str, Tensor] = {}
+        self.calls: Counter[str] = Counter()
         self.replays = False
         self._done: list[Step] = []
         self._outputs: dict[str, list[Any]] = {}
@@ -110,14 +112,16 @@ class Walk:
                 )
         return gathered
 
-    def finish(self, step: Step) -> None:
-        """Run the step, as it is now, for the inputs of what follows."""
+    def finish(self, step: Step, outputs: list[Any] | None = None) -> None:
+        """Run the step, as it is now, for the inputs of what follows; or take its outputs where they are known."""
         if step is self.steps[-1] or not step.block:
             return
-        if self.replays:
-            outputs = self._outputs.setdefault(step.chain, [None] * len(self.batches))
+        if self.replays and outputs is not None:
+            self._outputs[step.chain] = outputs
+        elif self.replays:
+            latest = self._outputs.setdefault(step.chain, [None] * len(self.batches))
             for index in range(len(self.batches)):
-                outputs[index] = self.output_of(step.block, index)
+                latest[index] = self.output_of(step.block, index)
         self._done.append(step)
 
     def output_of(self, name: str, index: int) -> Any:
@@ -206,7 +210,7 @@ class Walk:
         """Run one batch to see what comes when; each block that runs just once is a step."""
         chains = find_blocks(self.model, self.layers)
         chain_of = {block: chain for chain, blocks in chains.items() for block in blocks}
-        calls: Counter[str] = Counter()
+        calls = self.calls
         inputs: dict[str, list[Tensor]] = {}
         outputs: dict[str, Any] = {}
 

@@ -145,7 +145,7 @@ def X_of(beside: Mapping[str, Tensor | None]) -> Tensor | None:
     return X if X is None or scale is None else X.to(scale.dtype) * scale[:, None]
 
 
-def _round_X(X: Tensor) -> tuple[Tensor, Tensor]:
+def round_X(X: Tensor) -> tuple[Tensor, Tensor]:
     """Return X [r, K] as int8 numbers and a power of two for each row, [r] in X's dtype.
 
     What they stand for is exact in 16 bits, and comes out of this the same again. 127 is half used at worst.
@@ -182,7 +182,7 @@ def pack_with_side(
     packed = _pack(format, columns, w_NK, branch.S, scale, scales)
     if format.lossless:
         return packed, columns, {} if branch.X is None else {"side_X": branch.X.clone()}
-    rounded = {} if branch.X is None else dict(zip(("side_X", "side_X_scale"), _round_X(branch.X), strict=True))
+    rounded = {} if branch.X is None else dict(zip(("side_X", "side_X_scale"), round_X(branch.X), strict=True))
     return packed, columns, {**rounded, "side_scale": w_NK.new_tensor(scale)}
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from sparsekit.errors import Unsupported
 from sparsekit.formats import FORMATS
 from sparsekit.methods.grid import is_quantised
+from sparsekit.nn import remember_grid_
 from sparsekit.plan import Plan
 from sparsekit.registry import unknown
 from sparsekit.train.config import SparseTrainingArguments, check_not_negative, check_share
@@ -144,7 +145,10 @@ class ASTConfig(SparseTrainingArguments):
                     "its plan() and trained_model()"
                 )
             trainer.train()
-            return trainer.plan()
+            plan = trainer.plan()
+            for name, scales in plan.scales.items():
+                remember_grid_(model.get_submodule(name), str(config.format), scales)
+            return plan
 
 
 def _choose(name: str, value: Any, known: tuple[str, ...]) -> None:

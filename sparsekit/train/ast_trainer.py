@@ -23,7 +23,7 @@ from sparsekit.interrupt import uninterrupted
 from sparsekit.masks import Mask
 from sparsekit.methods import method_config
 from sparsekit.nn.places import replace_layer_
-from sparsekit.nn.side import block_indicator, install_side_, side_layers
+from sparsekit.nn.side import SideLinear, block_indicator, install_side_, side_layers
 from sparsekit.patterns import NM, parse_pattern
 from sparsekit.plan import MadeBy, Plan, SideBranch
 from sparsekit.prune import installed_versions, prune_
@@ -31,13 +31,21 @@ from sparsekit.targets import find_targets, is_conv1d, set_weight_NK_, weight_NK
 from sparsekit.train.ast_config import ASTConfig
 from sparsekit.train.data import IGNORED, collate
 from sparsekit.train.distill import TeacherOutput, TopK, distillation_loss, square_head
+from sparsekit.train.fake_quant import FakeQuant, begin_rounding_
 from sparsekit.train.lowrank import fit_side
 from sparsekit.train.optimizer import MaskedAdamW, MaskStatistics
 from sparsekit.train.refit import refit_branches_
 from sparsekit.train.schedules import MaskedDecay, peak_for
 from sparsekit.train.teacher_cache import CachedTeacher
 from sparsekit.train.teachers import Teacher
-from sparsekit.train.trainer import Callback, SparseTrainer, from_first_rank, same_on_all_ranks_, shifted
+from sparsekit.train.trainer import (
+    Callback,
+    SparseTrainer,
+    from_first_rank,
+    own_state_of,
+    same_on_all_ranks_,
+    shifted,
+)
 
 FOLLOW = 0.3
 """lambda * rms(W) / rms(M) at its peak, where lambda follows the gradients. The useful range is 0.1 to 1."""
@@ -100,6 +108,7 @@ class ASTTrainer(SparseTrainer):
             self._refits = False
             self.notes.append(f"branches: not to be fitted again when the masks freeze, for {reason}")
         self._decay = MaskedDecay(0.0, 0)
+        self._rounding: FakeQuant | None = None
         self.add_callback(Callback(self._begin, self._before_step, self._after_step))
 
     # --- before the first step -------------------------------------------------------------------------------------
@@ -140,7 +149,7 @@ class ASTTrainer(SparseTrainer):
             for name, layer in layers.items():
                 weight_NK(layer).masked_fill_(~keep[name].to(weight_NK(layer).device), 0)
         if args.slorb_group is not None:
-            self._install_branches(model, layers, (dense, keep))
+            self._install_branches(model, layers, dense)
         for name, w_NK in dense.items():
             layer = model.get_submodule(name)
             now = weight_NK(layer)
@@ -167,24 +176,27 @@ class ASTTrainer(SparseTrainer):
         return plan.masks
 
     def _install_branches(
-        self, model: nn.Module, layers: dict[str, nn.Module], fitted_to: tuple[dict[str, Tensor], ...] | None
+        self, model: nn.Module, layers: dict[str, nn.Module], dense: dict[str, Tensor] | None
     ) -> None:
-        """Put a branch beside every layer, fitted to what its mask takes; one that adds nothing where there is none."""
+        """Put a branch beside every layer, fitted to what it lacks of `dense`; one that adds nothing where that is None.
+
+        What a layer lacks is the removed weights, and, where the method that removed them made the kept ones take over
+        a part of their work, less than that.
+        """
         group, init, train_x = self.args.slorb_group, self.args.slorb_init, self.args.slorb_train_x
         assert group is not None
 
         def install(name: str, hessian: Hessian | None) -> None:
             w_NK = weight_NK(layers[name])
-            keep = torch.ones_like(w_NK, dtype=torch.bool)
-            if fitted_to is not None:
-                w_NK, keep = (tensors[name].to(w_NK.device) for tensors in fitted_to)
+            lack = torch.zeros_like(w_NK) if dense is None else dense[name].to(w_NK.device) - w_NK
+            kept = torch.zeros_like(w_NK, dtype=torch.bool)  # of what is lacking, nothing is there
             method = init if hessian is not None or init == "svd" else "mean"
             matrix = None if hessian is None else hessian.matrix
             try:
-                branch = fit_side(w_NK, keep, group=group, method=method, hessian=matrix)
+                branch = fit_side(lack, kept, group=group, method=method, hessian=matrix)
             except ValueError as error:
                 raise ValueError(f"slorb_group={group}, slorb_init={init!r}: no branch for {name}: {error}") from error
-            if fitted_to is not None and method != init:
+            if dense is not None and method != init:
                 self.notes.append(f"{name}: no calibration token reached it: its branch is fitted to the mean")
             if train_x and branch.X is None:
                 branch = dataclasses.replace(branch, X=block_indicator(w_NK.shape[1], group))
@@ -192,7 +204,7 @@ class ASTTrainer(SparseTrainer):
             if layer.side_X is not None:
                 layer.side_X.requires_grad_(train_x)
 
-        if init == "mean" or fitted_to is None:
+        if init == "mean" or dense is None:
             for name in layers:
                 install(name, None)
             return
@@ -237,13 +249,16 @@ class ASTTrainer(SparseTrainer):
         taken = {id(parameter) for parameter, _ in masked.values()}
         decayed: list[nn.Parameter] = []
         plain: list[nn.Parameter] = []
+        branches: dict[str, nn.Parameter] = {}
         for name, parameter in model.named_parameters():
             if id(parameter) in taken or not parameter.requires_grad:
                 continue
-            is_branch = name.rpartition(".")[2].startswith("side_")
-            (decayed if parameter.dim() >= 2 and not is_branch else plain).append(parameter)
+            if name.rpartition(".")[2].startswith("side_"):
+                branches[name] = parameter
+            else:
+                (decayed if parameter.dim() >= 2 else plain).append(parameter)
         wd = self.args.weight_decay
-        return [
+        groups: list[dict[str, Any]] = [
             {
                 "params": [parameter for parameter, _ in masked.values()],
                 "names": list(masked),
@@ -254,6 +269,9 @@ class ASTTrainer(SparseTrainer):
             {"params": decayed, "weight_decay": wd},
             {"params": plain, "weight_decay": 0.0},
         ]
+        if branches:
+            groups.append({"params": list(branches.values()), "branch": list(branches), "weight_decay": 0.0})
+        return groups
 
     @property
     def masked_optimizer(self) -> MaskedAdamW:
@@ -268,6 +286,13 @@ class ASTTrainer(SparseTrainer):
     def freeze_step(self) -> int:
         """Step after which masks stay."""
         return round(self.state.max_steps * (1 - self.args.mask_freeze_ratio))
+
+    @property
+    def quantise_step(self) -> int | None:
+        """Step after which the forward sees weights on the grid of `format`; None where it never does."""
+        if self.args.format is None:
+            return None
+        return max(round(self.state.max_steps * (1 - self.args.quantise_ratio)), self.freeze_step)
 
     def _begin(self) -> None:
         args, warmup = self.args, round(self.state.max_steps * self.args.masked_decay_warmup)
@@ -295,6 +320,9 @@ class ASTTrainer(SparseTrainer):
         self.without_fp32_copies()
         if self.state.global_step == self.freeze_step == 0:
             self._after_step()
+        elif self.quantise_step is not None and self.state.global_step >= self.quantise_step:
+            assert self._checkpoint is not None, "only a resumed run begins so late"
+            self._round(own_state_of(self._checkpoint)["z_scales"])
 
     @property
     def _knows_rates(self) -> bool:
@@ -318,6 +346,21 @@ class ASTTrainer(SparseTrainer):
             self.mask_statistics, self._has_refreshed = self.masked_optimizer.refresh_masks_(), True
         if step == self.freeze_step and self._refits:
             self._refit_branches()
+        if step == self.quantise_step:
+            self._round()
+
+    def _round(self, z_scales: dict[str, float] | None = None) -> None:
+        """From now on write weights and branches on the grid of `format`."""
+        assert self.args.format is not None
+        layers = self._layers_with_branch()
+        self._rounding = begin_rounding_(self.masked_optimizer, self.args.format, layers, z_scales)
+
+    def _own_state(self) -> dict[str, Any]:
+        branches = {} if self._rounding is None else self._rounding.branches
+        return {"z_scales": {name: branch.z_scale for name, branch in branches.items()}}
+
+    def _layers_with_branch(self) -> dict[str, SideLinear]:
+        return side_layers(self.accelerator.unwrap_model(self.model))
 
     def _refit_branches(self) -> None:
         """Fit S once more to what the layers lack now that the masks stay; every rank does the same."""
@@ -433,7 +476,7 @@ class ASTTrainer(SparseTrainer):
         return whole
 
     def plan(self) -> Plan:
-        """Return the masks and branches as they are now, on every rank."""
+        """Return the masks, branches and scales as they are now, on every rank."""
         model, samples = self.accelerator.unwrap_model(self.model), self.train_samples
         masks = {name: Mask(self.args.pattern, keep) for name, keep in self.masked_optimizer.keep().items()}
         made_by = MadeBy(
@@ -451,12 +494,13 @@ class ASTTrainer(SparseTrainer):
         )
         side = {
             name: SideBranch(_whole(layer.side_S), None if layer.side_X is None else _whole(layer.side_X), layer.group)
-            for name, layer in side_layers(model).items()
+            for name, layer in self._layers_with_branch().items()
         }
         notes = list(self.notes)
         if self.state.global_step < self.freeze_step:
             notes.append(f"training ended at step {self.state.global_step}, before the masks froze")
-        return Plan(masks, made_by, notes=notes, side=side)
+        scales = {} if self._rounding is None else self._rounding.whole_scales(self.masked_optimizer)
+        return Plan(masks, made_by, notes=notes, side=side, scales=scales)
 
 
 def with_removed(kept_NK: Tensor, dense_NK: Tensor, keep_NK: Tensor, pattern: NM) -> Tensor:

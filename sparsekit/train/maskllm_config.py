@@ -21,8 +21,8 @@ class MaskLLMConfig(SparseTrainingArguments):
     """Arguments of `MaskLLMTrainer`; all of `transformers.TrainingArguments` is there as well.
 
     Only logits of masks learn, 1.5 fp32 numbers a weight for 2:4; with their gradient and Adam's moments that is 24
-    bytes a weight beside the frozen ones. No second copy of the model is held, not even for distillation, whose teacher
-    has the very same weights.
+    bytes a weight beside the frozen ones. The device holds no second copy of the model, not even for distillation,
+    whose teacher has the very same weights; `train_` keeps one on the CPU, for when it fails.
 
     Where not said otherwise, defaults are those of the published code (NVlabs/MaskLLM, LLaMA2-7B).
 
@@ -37,7 +37,8 @@ class MaskLLMConfig(SparseTrainingArguments):
         tau_start, tau_end: temperature of the soft masks, linear in the step.
         energy_weight: of -sum ||mask * W||^2 in the loss, which pulls towards large weights and so keeps gradients from
             vanishing; falls linearly to 0. What the log shows as loss leaves it out.
-        kd_weight: weight of the KL divergence from the dense model; 0 trains on the text alone.
+        kd_weight: weight of the KL divergence from the dense model, which tells more of a mask than the text does and
+            costs one forward more; 0 (the published code) learns from the text alone.
         ce_weight: weight of the cross entropy with the text; None for 1 - kd_weight.
         temperature: of the KL divergence; the loss is multiplied by its square.
         kd_kind: "forward_kl" or "reverse_kl".
@@ -57,7 +58,7 @@ class MaskLLMConfig(SparseTrainingArguments):
     tau_start: float = 4.0
     tau_end: float = 0.05
     energy_weight: float = 1e-5
-    kd_weight: float = 0.0
+    kd_weight: float = 2 / 3
     ce_weight: float | None = None
     temperature: float = 2.0
     kd_kind: str = "forward_kl"
@@ -92,7 +93,7 @@ class MaskLLMConfig(SparseTrainingArguments):
             raise ValueError(unknown("kd_kind", self.kd_kind, list(KD_KINDS)))
         if not isinstance(self.prior, Plan) and self.prior not in PRIORS:
             raise ValueError(unknown("prior", self.prior, list(PRIORS)) + " A Plan will do, too.")
-        for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):  # its name from 5.20 on
+        for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):  # its name of late
             kwargs = getattr(self, name, None)
             if isinstance(kwargs, dict) and kwargs.get("use_reentrant"):
                 raise ValueError(

@@ -35,10 +35,10 @@ MASKED_DECAY_KINDS: tuple[str, ...] = get_args(MaskedDecayKind)
 _KEPT, _KEPT_AT_FIRST = 1, 2
 """Bits of the state `flags`, uint8, one entry a weight."""
 
-Rewrite = Callable[[str, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
-"""(name, W * m as [N, K], m, S of the branch beside it or None) -> what the two shall hold, the weight zero where m is.
+Rewrite = Callable[[str, Tensor, Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
+"""(name, W * m as [N, K], m, the parameters of the branch beside it by name) -> what they shall hold.
 
-Of a weight that is sharded by rows, each rank passes its own rows.
+The weight shall be zero where m is. Of parameters that are sharded by rows, each rank passes its own rows.
 """
 
 
@@ -65,8 +65,8 @@ class MaskedAdamW(torch.optim.Optimizer):
     A group with `masked=True` holds weights of linear layers, and beside `params` the lists `names` and `transposed`
     (True for the [K, N] weights of `Conv1D`). State of a masked parameter: `dense` fp32, `flags` uint8, `exp_avg`,
     `exp_avg_sq`, `step`, of the parameter's shape and sharding. Plain parameters of 16 bits have a `dense` too: a step
-    is often smaller than their last bit. A group with the list `branch_of` holds the S of the branches beside the
-    masked weights of these names; they are plain parameters, which `rewrite` sees and writes, too.
+    is often smaller than their last bit. A group with the list `branch` holds plain parameters of branches beside
+    masked weights, which `rewrite` sees and writes, too; the list names them, as "<name of the layer>.side_S".
 
     Args:
         groups: parameter groups; options as below can be given for each.
@@ -101,8 +101,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             if group["masked"] and not len(group["params"]) == len(group["names"]) == len(group["transposed"]):
                 raise ValueError("a masked group needs names and transposed, one for each of its params")
-            if len(group.get("branch_of", group["params"])) != len(group["params"]):
-                raise ValueError("branch_of needs a name for each of its group's params")
+            if len(group.get("branch", group["params"])) != len(group["params"]):
+                raise ValueError("branch needs a name for each of its group's params")
         self.pattern, self.hysteresis, self.masked_decay_kind = pattern, hysteresis, masked_decay_kind
         self.masked_decay: float | None = 0.0
         """lambda; None lets it follow the gradients of each weight, see `follow`."""
@@ -117,7 +117,7 @@ class MaskedAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def mask_(self) -> None:
         """Take the dense weights out of masked parameters that have no state yet, and mask them."""
-        new = [one for one in self._masked() if "flags" not in self.state[one[1]]]
+        new = [one for one in self.masked() if "flags" not in self.state[one[1]]]
         for one in new:
             self._start(*one)
         if new:
@@ -135,7 +135,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     one = self._step_masked if group["masked"] else self._step_plain
-                    one(group, parameter, _local(parameter.grad))
+                    one(group, parameter, local_part(parameter.grad))
         self.write_()
         self.mean_masked_decay = sum(self._lambdas) / max(len(self._lambdas), 1)
         return loss
@@ -144,9 +144,9 @@ class MaskedAdamW(torch.optim.Optimizer):
     def refresh_masks_(self) -> MaskStatistics:
         """Choose every mask anew from |W|, and rewrite the parameters."""
         self._num_flipped = 0
-        for _, parameter, transposed in self._masked():
+        for _, parameter, transposed in self.masked():
             state = self.state[parameter]
-            flags, scores = _local(state["flags"]), _local(state["dense"]).abs()
+            flags, scores = local_part(state["flags"]), local_part(state["dense"]).abs()
             old = flags & _KEPT
             scores *= 1 + self.hysteresis * old
             keep = self._project(scores, transposed).to(torch.uint8)
@@ -160,9 +160,9 @@ class MaskedAdamW(torch.optim.Optimizer):
         sums = torch.zeros(6, dtype=torch.float64)  # entries, flips, flips since the first, revived, energies
         sums[1] = self._num_flipped
         group = None
-        for _, parameter, _ in self._masked():
+        for _, parameter, _ in self.masked():
             state = self.state[parameter]
-            flags, dense = _local(state["flags"]), _local(state["dense"])
+            flags, dense = local_part(state["flags"]), local_part(state["dense"])
             keep, first = flags & _KEPT, (flags & _KEPT_AT_FIRST) >> 1
             removed = (dense * (1 - keep)).double().square().sum()
             found: list[Any] = [flags.numel(), 0, (keep ^ first).sum(), (keep & (1 - first)).sum(), removed]
@@ -179,22 +179,21 @@ class MaskedAdamW(torch.optim.Optimizer):
     def keep(self) -> dict[str, Tensor]:
         """Return name -> mask as boolean [N, K], gathered from all ranks, on the CPU."""
         found = {}
-        for name, parameter, transposed in self._masked():
-            flags = _whole(self.state[parameter]["flags"])
+        for name, parameter, transposed in self.masked():
+            flags = whole(self.state[parameter]["flags"])
             found[name] = ((flags.T if transposed else flags) & _KEPT).bool().cpu().contiguous()
         return found
 
     @torch.no_grad()
     def write_(self) -> None:
         """Rewrite every masked parameter from its dense weight and mask, and the branch beside it."""
-        branches = {
-            name: parameter
-            for group in self.param_groups
-            if "branch_of" in group
-            for name, parameter in zip(group["branch_of"], group["params"], strict=True)
-        }
-        for name, parameter, transposed in self._masked():
-            self._write(name, parameter, transposed, branches.get(name))
+        branches: dict[str, dict[str, Tensor]] = {}
+        for group in self.param_groups:
+            for full_name, parameter in zip(group.get("branch", ()), group["params"], strict=False):  # none, or all
+                name, _, part = full_name.rpartition(".")
+                branches.setdefault(name, {})[part] = parameter
+        for name, parameter, transposed in self.masked():
+            self._write(name, parameter, transposed, branches.get(name, {}))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave; unlike in torch's optimizers each state keeps its own dtype."""
@@ -206,7 +205,8 @@ class MaskedAdamW(torch.optim.Optimizer):
                 on_device = value.detach().to(parameter.device) if isinstance(value, Tensor) else value
                 self.state[parameter][key] = on_device
 
-    def _masked(self) -> Iterator[tuple[str, Tensor, bool]]:
+    def masked(self) -> Iterator[tuple[str, Tensor, bool]]:
+        """Yield (name, parameter, whether it is transposed) of the masked parameters."""
         for group in self.param_groups:
             if group["masked"]:
                 yield from zip(group["names"], group["params"], group["transposed"], strict=True)
@@ -215,7 +215,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         state = self.state[parameter]
         state["dense"] = parameter.detach().to(torch.float32, copy=True)
         state["flags"] = torch.zeros_like(parameter, dtype=torch.uint8)
-        local = _local(state["dense"])
+        local = local_part(state["dense"])
         _refuse_cut_groups(name, parameter, transposed, self.pattern)
         if name in self._first_keep:
             keep = self._first_keep.pop(name)
@@ -227,24 +227,25 @@ class MaskedAdamW(torch.optim.Optimizer):
             keep = _shard_like(keep.T if transposed else keep, parameter)
         else:
             keep = self._project(local.abs(), transposed)
-        _local(state["flags"]).copy_(keep.to(torch.uint8) * (_KEPT | _KEPT_AT_FIRST))
+        local_part(state["flags"]).copy_(keep.to(torch.uint8) * (_KEPT | _KEPT_AT_FIRST))
 
     def _project(self, scores: Tensor, transposed: bool) -> Tensor:
         if not scores.numel():
             return torch.zeros_like(scores, dtype=torch.bool)
         return self.pattern.project(scores.T).T if transposed else self.pattern.project(scores)
 
-    def _write(self, name: str, parameter: Tensor, transposed: bool, branch: Tensor | None) -> None:
+    def _write(self, name: str, parameter: Tensor, transposed: bool, branch: dict[str, Tensor]) -> None:
         state = self.state[parameter]
-        keep = _local(state["flags"]) & _KEPT
-        kept = _local(state["dense"]) * keep
+        keep = local_part(state["flags"]) & _KEPT
+        kept = local_part(state["dense"]) * keep
         if self.rewrite is not None and kept.numel():
             kept, keep = (kept.T, keep.T) if transposed else (kept, keep)
-            kept, S = self.rewrite(name, kept, keep.bool(), None if branch is None else _local(self._dense(branch)))
+            dense = {part: local_part(self._dense(beside)) for part, beside in branch.items()}
+            kept, written = self.rewrite(name, kept, keep.bool(), dense)
             kept = kept.T if transposed else kept
-            if branch is not None and S is not None:
-                _local(branch.detach()).copy_(S)
-        _local(parameter.detach()).copy_(kept)
+            for part, values in written.items():
+                local_part(branch[part].detach()).copy_(values)
+        local_part(parameter.detach()).copy_(kept)
 
     def _dense(self, parameter: Tensor) -> Tensor:
         """Return the fp32 values that a plain parameter is written from; from now on it has them."""
@@ -262,18 +263,18 @@ class MaskedAdamW(torch.optim.Optimizer):
         return state
 
     def _step_plain(self, group: dict[str, Any], parameter: Tensor, gradient: Tensor) -> None:
-        local, is_rewritten = _local(parameter.detach()), self.rewrite is not None and "branch_of" in group
+        local, is_rewritten = local_part(parameter.detach()), self.rewrite is not None and "branch" in group
         if parameter.dtype.itemsize >= 4 and not is_rewritten:
             self._adam(group, parameter, local, gradient.to(local.dtype))
             return
-        dense = _local(self._dense(parameter))
+        dense = local_part(self._dense(parameter))
         if not is_rewritten:  # what others wrote since counts
             torch.where(dense.to(local.dtype) == local, dense, local.float(), out=dense)
         self._adam(group, parameter, dense, gradient.float())
         local.copy_(dense)
 
     def _step_masked(self, group: dict[str, Any], parameter: Tensor, gradient: Tensor) -> None:
-        weight, gradient = _local(self.state[parameter]["dense"]), gradient.float()
+        weight, gradient = local_part(self.state[parameter]["dense"]), gradient.float()
         strength = self._lambda(parameter)
         self._lambdas.append(strength)
         if self.masked_decay_kind == "paper":
@@ -292,8 +293,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         adamw(
             [weight],
             [gradient],
-            [_local(state["exp_avg"])],
-            [_local(state["exp_avg_sq"])],
+            [local_part(state["exp_avg"])],
+            [local_part(state["exp_avg_sq"])],
             [],
             [state["step"]],
             fused=True,
@@ -313,7 +314,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         state = self._moments(parameter)
         state["step"] += 1
         step = float(state["step"])
-        mean, square = _local(state["exp_avg"]), _local(state["exp_avg_sq"])
+        mean, square = local_part(state["exp_avg"]), local_part(state["exp_avg_sq"])
         weight.mul_(1 - group["lr"] * group["weight_decay"])
         mean.lerp_(gradient, 1 - beta1)
         update = mean / (1 - beta1**step) + strength * self._removed(parameter)
@@ -323,7 +324,7 @@ class MaskedAdamW(torch.optim.Optimizer):
     def _removed(self, parameter: Tensor) -> Tensor:
         """Return (1 - m) W."""
         state = self.state[parameter]
-        return _local(state["dense"]) * (1 - (_local(state["flags"]) & _KEPT))
+        return local_part(state["dense"]) * (1 - (local_part(state["flags"]) & _KEPT))
 
     def _lambda(self, parameter: Tensor) -> float:
         if self.masked_decay is not None:
@@ -331,7 +332,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         state = self.state[parameter]
         if "exp_avg" not in state:
             return 0.0
-        squares = [_local(state[key]).double().square().sum() for key in ("exp_avg", "dense")]
+        squares = [local_part(state[key]).double().square().sum() for key in ("exp_avg", "dense")]
         if (group := _process_group(parameter)) is not None:
             for square in squares:
                 torch.distributed.all_reduce(square, group=group)
@@ -339,12 +340,13 @@ class MaskedAdamW(torch.optim.Optimizer):
         return self.follow * (mean / dense) ** 0.5 if dense > 0 else 0.0
 
 
-def _local(x: Tensor) -> Tensor:
+def local_part(x: Tensor) -> Tensor:
     """Return this rank's part of a sharded tensor, sharing its memory."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-def _whole(x: Tensor) -> Tensor:
+def whole(x: Tensor) -> Tensor:
+    """Return a tensor put together from all ranks, which all must ask for where it is sharded."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
@@ -367,7 +369,7 @@ def _shard_like(x: Tensor, parameter: Tensor) -> Tensor:
     x = x.to(parameter.device)
     if not isinstance(parameter, DTensor):
         return x
-    return _local(distribute_tensor(x.to(torch.uint8), parameter.device_mesh, parameter.placements))
+    return local_part(distribute_tensor(x.to(torch.uint8), parameter.device_mesh, parameter.placements))
 
 
 def _refuse_cut_groups(name: str, parameter: Tensor, transposed: bool, pattern: NM) -> None:

@@ -24,7 +24,8 @@ from sparsekit.train.config import SparseTrainingArguments
 from sparsekit.train.data import IGNORED, TokenSamples, collate, training_samples
 
 CONFIG_FILE = "sparsekit_config.json"
-"""In every checkpoint of a training run: the arguments that its result follows from, and notes of the run so far."""
+"""In every checkpoint of a training run: the arguments that its result follows from, notes of the run so far, and what
+the method needs to go on."""
 
 DIVERGED_BY = 1.0
 """Nats per token above twice the loss of the first steps at which a run counts as diverged."""
@@ -243,7 +244,7 @@ class SparseTrainer(Trainer):
         if self.args.should_save:
             shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
             folder.mkdir(parents=True)
-            made_by = {"arguments": self._made_by(), "notes": self.notes}
+            made_by = {"arguments": self._made_by(), "notes": self.notes, "state": self._own_state()}
             (folder / CONFIG_FILE).write_text(json.dumps(made_by, indent=2) + "\n")
         self.accelerator.wait_for_everyone()
         try:
@@ -253,6 +254,10 @@ class SparseTrainer(Trainer):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         self._checkpoint = folder
+
+    def _own_state(self) -> dict[str, Any]:
+        """Hook: what a resumed run needs beside a checkpoint of `Trainer`, fit for JSON; see `own_state_of`."""
+        return {}
 
     def _made_by(self) -> dict[str, Any]:
         """Return all that the result of a run follows from."""
@@ -327,6 +332,11 @@ def last_checkpoint(output_dir: str | None) -> Path | None:
     """Return the newest complete checkpoint of a run."""
     complete = [folder for folder in Path(output_dir or ".").glob("checkpoint-*") if is_complete(folder)]
     return max(complete, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+
+
+def own_state_of(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return what `_own_state` gave when the checkpoint was written."""
+    return dict(json.loads((Path(folder) / CONFIG_FILE).read_text())["state"])
 
 
 def check_resumes(folder: str | os.PathLike[str], now: dict[str, Any]) -> list[str]:

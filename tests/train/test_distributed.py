@@ -17,7 +17,7 @@ from sparsekit.errors import NonFiniteError, Unsupported
 from sparsekit.train.ast_config import ASTConfig
 from sparsekit.train.ast_trainer import ASTTrainer
 
-VOCABULARY, STEPS, SAVED_AT = 64, 8, 4
+VOCABULARY, STEPS, SAVED_AT = 64, 6, 3
 FULL = {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT"}}
 SHARDED = {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}}
 BRANCHES = {"slorb_group": 16, "slorb_init": "data", "slorb_train_x": True, "weight_decay": 0.1}

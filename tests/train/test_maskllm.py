@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.pytorch_utils import Conv1D
 
 import sparsekit as sk
-from sparsekit.errors import CheckpointError, NonFiniteError, PatternError
+from sparsekit.errors import CheckpointError, NonFiniteError, PatternError, Unsupported
 from sparsekit.masks import Mask
 from sparsekit.nn.side import SideLinear
 from sparsekit.patterns import NM
@@ -35,6 +35,7 @@ from sparsekit.train.gumbel import (
 )
 from sparsekit.train.maskllm_config import MaskLLMConfig
 from sparsekit.train.maskllm_trainer import MaskLLMTrainer
+from sparsekit.train.trainer import SparseTrainer
 
 VOCABULARY = 61
 
@@ -80,6 +81,7 @@ def text(num=16, seed=1):
 
 def config(folder, **changes):
     settings = {"max_steps": 4, "per_device_train_batch_size": 4, "prior": "magnitude", "save_strategy": "no"}
+    settings |= {"kd_weight": 0.0}
     settings |= {"output_dir": str(folder), "use_cpu": True, "disable_tqdm": True, "logging_steps": 1}
     return MaskLLMConfig(**settings | changes)
 
@@ -702,6 +704,18 @@ def test_layers_that_can_take_no_mask_are_named(tmp_path):
     model.model.layers[0].mlp.up_proj = SideLinear(20, 22, bias=False)
     with pytest.raises(ValueError, match="model.layers.0.mlp.up_proj, a SideLinear, can take no learnt mask.*ignore"):
         MaskLLMTrainer(model, config(tmp_path), text())
+
+
+def test_sharding_is_refused(tmp_path, monkeypatch):
+    build = SparseTrainer.__init__
+
+    def sharded(self, *args, **kwargs):
+        build(self, *args, **kwargs)
+        self.is_fsdp_enabled = True
+
+    monkeypatch.setattr(SparseTrainer, "__init__", sharded)
+    with pytest.raises(Unsupported, match="cannot be sharded: use DDP"):
+        MaskLLMTrainer(llama(), config(tmp_path), text())
 
 
 # --- several processes -----------------------------------------------------------------------------------------------

@@ -459,10 +459,10 @@ def test_masked_decay_can_follow_the_gradients(kind):
 def test_a_rewrite_changes_what_the_forward_sees_and_not_what_is_trained(transposed):
     seen = []
 
-    def to_tenths(name, kept_NK, keep_NK, S):
+    def to_tenths(name, kept_NK, keep_NK, branch):
         seen.append((name, tuple(kept_NK.shape), keep_NK.dtype))
-        assert not kept_NK[~keep_NK].any() and S is None
-        return (kept_NK * 10).round() / 10, None
+        assert not kept_NK[~keep_NK].any() and not branch
+        return (kept_NK * 10).round() / 10, {}
 
     w = matrix(6, 20)
     parameter = nn.Parameter((w.T if transposed else w).clone())
@@ -482,7 +482,7 @@ def test_a_rewrite_sees_the_branch_beside_a_weight_once_both_have_stepped(dtype)
     parameters = [nn.Parameter(matrix(6, 20, seed=seed, dtype=dtype)) for seed in range(2)]
     S = nn.Parameter(matrix(6, 2, seed=5, dtype=dtype))
     groups = [
-        {"params": [S], "branch_of": ["b"]},
+        {"params": [S], "branch": ["b.side_S"]},
         {"params": parameters, "names": ["a", "b"], "transposed": [False] * 2, "masked": True},
     ]
     optimizer = MaskedAdamW(groups, pattern=NM(2, 4), lr=0.05)
@@ -492,9 +492,10 @@ def test_a_rewrite_sees_the_branch_beside_a_weight_once_both_have_stepped(dtype)
     reference = expected.param_groups[0]["params"][0]
     seen = []
 
-    def to_tenths(name, kept_NK, keep_NK, S):
+    def to_tenths(name, kept_NK, keep_NK, branch):
+        S = branch.get("side_S")
         seen.append((name, None if S is None else S.clone(), optimizer.state[parameters[1]]["step"].item()))
-        return (kept_NK * 10).round() / 10, None if S is None else (S * 10).round() / 10
+        return (kept_NK * 10).round() / 10, {} if S is None else {"side_S": (S * 10).round() / 10}
 
     for step in range(4):
         for seed, parameter in enumerate((*parameters, S)):
