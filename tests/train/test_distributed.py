@@ -17,6 +17,8 @@ from sparsekit.errors import NonFiniteError, Unsupported
 from sparsekit.train.ast_config import ASTConfig
 from sparsekit.train.ast_trainer import ASTTrainer
 
+pytestmark = pytest.mark.timeout(900)  # of the first test, which waits for two processes; a minute where they are free
+
 VOCABULARY, STEPS, SAVED_AT = 64, 6, 3
 FULL = {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT"}}
 SHARDED = {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}}
@@ -172,7 +174,7 @@ def ranks(tmp_path_factory):
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
-        timeout=290,
+        timeout=850,
     )
     assert done.returncode == 0, done.stderr[-6000:]
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
