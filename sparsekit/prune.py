@@ -130,6 +130,7 @@ def prune_(
                                 with walk.unchanged(step, pruner.scalable(step.layers), "method='sparsegpt'"):
                                     statistics = pruner.scale_(step.layers, statistics)
                             pruner.prune_(step.layers, statistics)
+                            del statistics  # of one block at a time
                         walk.finish(step)
                         bar.advance()
     plan.masks = {name: plan.masks[name] for name in layers}

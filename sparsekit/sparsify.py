@@ -14,7 +14,7 @@ from sparsekit.check import check
 from sparsekit.errors import SparsekitError
 from sparsekit.formats import FORMATS, WeightSpec
 from sparsekit.formats.block import MOST_OF_DENSE, share_of_dense
-from sparsekit.methods import METHODS, TRAINED, OneShot, Trained, is_trained, method_config
+from sparsekit.methods import METHODS, TRAINED, OneShot, SparseGPT, Trained, is_trained, method_config
 from sparsekit.methods.grid import is_quantised
 from sparsekit.nn import unwrapped
 from sparsekit.pack import pack_

@@ -144,7 +144,7 @@ class ASTConfig(SparseTrainingArguments):
                     "prune_ gives the model itself back, and FSDP leaves it in shards: use sparsekit.ASTTrainer, and "
                     "its plan() and trained_model()"
                 )
-            trainer.train()
+            trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
             plan = trainer.plan()
             for name, scales in plan.scales.items():
                 remember_grid_(model.get_submodule(name), str(config.format), scales)

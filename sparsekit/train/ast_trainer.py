@@ -178,7 +178,7 @@ class ASTTrainer(SparseTrainer):
     def _install_branches(
         self, model: nn.Module, layers: dict[str, nn.Module], dense: dict[str, Tensor] | None
     ) -> None:
-        """Put a branch beside every layer, fitted to what it lacks of `dense`; one that adds nothing where that is None.
+        """Put a branch beside every layer, fitted to what it lacks of `dense`; without that, one that adds nothing.
 
         What a layer lacks is the removed weights, and, where the method that removed them made the kept ones take over
         a part of their work, less than that.
@@ -497,6 +497,11 @@ class ASTTrainer(SparseTrainer):
             for name, layer in self._layers_with_branch().items()
         }
         notes = list(self.notes)
+        if self.args.mask_update_steps > self.freeze_step:
+            notes.append(
+                f"no mask was chosen anew: mask_update_steps={self.args.mask_update_steps} are more than the "
+                f"{self.freeze_step} steps before the masks froze"
+            )
         if self.state.global_step < self.freeze_step:
             notes.append(f"training ended at step {self.state.global_step}, before the masks froze")
         scales = {} if self._rounding is None else self._rounding.whole_scales(self.masked_optimizer)

@@ -82,6 +82,10 @@ class SparseTrainingArguments(TrainingArguments):
                 f"{name}=True: masks and dense weights are in the optimizer's state, which would be left behind. Take "
                 "the checkpoint you want as a whole, with resume_from_checkpoint"
             )
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate={self.learning_rate} must be greater than 0, as 2e-4")
+        if self.max_steps == 0:
+            raise ValueError("max_steps=0: at least 1, or -1 for num_train_epochs")
         if self.label_smoothing_factor:
             raise ValueError(
                 f"label_smoothing_factor={self.label_smoothing_factor}: the loss here has none; leave it out"

@@ -82,7 +82,8 @@ class FakeQuant:
                     scales = torch.empty((0, *shape[1:]), dtype=dtype, device=parameter.device)
                 stride = (1,) if len(shape) == 1 else (shape[1], 1)
                 mesh, placements = parameter.device_mesh, parameter.placements
-                scales = DTensor.from_local(scales, mesh, placements, run_check=False, shape=shape, stride=stride)
+                size = torch.Size(shape)
+                scales = DTensor.from_local(scales, mesh, placements, run_check=False, shape=size, stride=stride)
                 scales = scales.full_tensor()
             assert scales is not None
             found[name] = scales.cpu()

@@ -125,5 +125,5 @@ class MaskLLMConfig(SparseTrainingArguments):
         config.disable_tqdm = config.disable_tqdm or not progress
         with restored_whole_on_failure(model):
             trainer = MaskLLMTrainer(model, config, dataset, processing_class=tokenizer)
-            trainer.train()
+            trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
             return trainer.plan()
