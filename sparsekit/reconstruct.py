@@ -182,7 +182,7 @@ class _Refit:
         self.bar.advance()
 
     def _units(self, step: Step) -> dict[str, dict[str, nn.Module]]:
-        """Return what is refitted as one, with its pruned layers: the block, or each of the layers outside of blocks."""
+        """Return what is refitted as one, with its pruned layers: a block, or each layer outside of blocks."""
         if not step.layers or step.block:
             return {step.block: step.layers} if step.layers else {}
         calls = self.student.calls
@@ -385,9 +385,12 @@ def _dense_tensors(
 
 
 def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return name -> parameter or buffer, detached; one that is shared under each of its names."""
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return {name: tensor.detach() for name, tensor in named}
+    """Return name -> parameter or buffer, detached; of a module that stands in several places, by its first name."""
+    return {
+        f"{prefix}.{key}" if prefix else key: tensor.detach()
+        for prefix, module in model.named_modules()
+        for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    }
 
 
 def _weight_of(name: str) -> str:

@@ -202,7 +202,8 @@ class Walk:
                     output = self._outputs[step.chain][index]
                     stack.enter_context(_replaced(self.model.get_submodule(step.block), output))
             try:
-                functional_call(self.model, self.weights, args, batch)
+                # Of a module that stands in two places, tie_weights=True would leave the replaced tensor behind.
+                functional_call(self.model, self.weights, args, batch, tie_weights=False)
             except _Stop:
                 pass
 

@@ -1,4 +1,4 @@
-"""What is trained on the grid is what is packed, bit for bit; gradients pass; shards of rows are rounded as the whole."""
+"""What is trained on the grid is what is packed, bit for bit; gradients pass; shards of rows round as the whole."""
 
 import json
 
