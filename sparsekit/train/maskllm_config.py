@@ -73,15 +73,18 @@ class MaskLLMConfig(SparseTrainingArguments):
     def __post_init__(self) -> None:
         if (self.lr_scheduler_type, self.lr_scheduler_kwargs) == (COSINE_TO_A_TENTH[0], None):
             self.lr_scheduler_kwargs = dict(COSINE_TO_A_TENTH[1])
+        is_auto = self.learning_rate == "auto"
+        if is_auto:
+            self.learning_rate = PAPER_RATE  # a number, for what all trained methods check
+        check_not_negative("learning_rate", self.learning_rate)
         super().__post_init__()
+        self.learning_rate = "auto" if is_auto else self.learning_rate
         candidates(self.parsed_pattern)
         for name in ("kappa_start", "kappa_end", "tau_start", "tau_end", "temperature"):
             value = getattr(self, name)
             check_not_negative(name, value)
             if value == 0:
                 raise ValueError(f"{name}=0 must be greater than 0, as {type(self).__dataclass_fields__[name].default}")
-        if self.learning_rate != "auto":
-            check_not_negative("learning_rate", self.learning_rate)
         check_share("kd_weight", self.kd_weight)
         if self.ce_weight is None:
             self.ce_weight = 1 - self.kd_weight
