@@ -17,7 +17,8 @@ up for the rounding, as GPTQ does) and pruning and rounding in one pass; all in 
 
 adds a row by the published SparseGPT class, on the same chunks; 2:4 only.
 
-A method is one of those that `sparsekit.METHODS` names; "ria+permute" puts inputs into a better order first.
+A method is one of those that `sparsekit.METHODS` names; "ria+permute" puts inputs into a better order first, and
+"sparsegpt+reconstruct" refits the kept weights afterwards, block by block, on 512 chunks.
 """
 
 import argparse
@@ -43,6 +44,7 @@ from sparsekit.methods import METHODS
 from sparsekit.report import Report
 
 NUM_SAMPLES = 128
+NUM_REFIT_SAMPLES = 512
 
 
 @dataclass(frozen=True)
@@ -133,8 +135,11 @@ def prune_published_(model: Any, chunks: list[Tensor], clone: Path) -> None:
 
 
 def config_of(method: str, pattern: str) -> Any:
-    """Return the config of a method's name, with or without "+permute" behind it."""
-    return METHODS.get(method.removesuffix("+permute"))(pattern=pattern, permute=method.endswith("+permute"))
+    """Return the config of a method's name, with or without "+permute" and "+reconstruct" behind it."""
+    name, *options = method.split("+")
+    if wrong := set(options) - {"permute", "reconstruct"}:
+        raise ValueError(f"--methods {method}: +{wrong.pop()} unknown; there are +permute and +reconstruct")
+    return METHODS.get(name)(pattern=pattern, permute="permute" in options)
 
 
 def round_to_nearest_(model: Any, format: str) -> None:
@@ -181,7 +186,10 @@ def measure(
             model.load_state_dict(dense)
             started = time.perf_counter()
             chunks = random_chunks(train, case.chunk, seed)
-            sk.prune_(model, config, dataset=chunks, seed=seed, progress=False)
+            plan = sk.prune_(model, config, dataset=chunks, seed=seed, progress=False)
+            if "+reconstruct" in method:
+                more = random_chunks(train, case.chunk, seed, NUM_REFIT_SAMPLES)
+                sk.reconstruct_(model, plan, dense=dense, dataset=more, seed=seed, progress=False)
             yield row(method, seed, time.perf_counter() - started)
     for seed in seeds if formats else []:
         chunks = random_chunks(train, case.chunk, seed)

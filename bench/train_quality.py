@@ -35,13 +35,13 @@ FIXED: dict[str, Any] = {"mask_update_steps": 0, "masked_decay": 0.0}
 ROWS: dict[str, dict[str, Any]] = {
     "ast": {},
     "ast + slorb": {"slorb_group": 16},
-    "ast + slorb, X trained": {"slorb_group": 16, "slorb_train_x": True},
+    "ast + slorb with X trained": {"slorb_group": 16, "slorb_train_x": True},
     "fixed mask": FIXED,
     "static decay": {"masked_decay_warmup": 0.0},
     "no distillation": {"kd_weight": 0.0},
     "naive": FIXED | {"kd_weight": 0.0},
-    "start magnitude": {"start": "magnitude"},
-    "fixed mask, start magnitude": FIXED | {"start": "magnitude"},
+    "ast from magnitude": {"start": "magnitude"},
+    "fixed mask from magnitude": FIXED | {"start": "magnitude"},
     "decay in the gradient": {"masked_decay_kind": "gradient"},
     "decay of the paper": {"masked_decay_kind": "paper"},
     "no decay": {"masked_decay": 0.0},
@@ -55,9 +55,9 @@ ROWS: dict[str, dict[str, Any]] = {
 """Row -> what it changes of `sk.AST`'s defaults. "dense" stands beside them."""
 
 ONE_SHOT: dict[str, Any] = {
-    "SparseGPT, one shot": sk.SparseGPT(),
-    "ALPS, one shot": sk.ALPS(),
-    "magnitude, one shot": sk.Magnitude(),
+    "SparseGPT one shot": sk.SparseGPT(),
+    "ALPS one shot": sk.ALPS(),
+    "magnitude one shot": sk.Magnitude(),
 }
 """Row -> method without training; learning rate, steps and batch mean nothing to it."""
 

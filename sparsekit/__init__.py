@@ -27,6 +27,7 @@ from sparsekit.pack import pack_, unpack_
 from sparsekit.patterns import NM, Block, Pattern, Unstructured
 from sparsekit.plan import Plan, SideBranch
 from sparsekit.prune import prune_
+from sparsekit.reconstruct import reconstruct_
 from sparsekit.report import Report
 from sparsekit.sparsify import sparsify
 from sparsekit.surgery import apply_
@@ -91,6 +92,7 @@ __all__ = [
     "pack_",
     "perplexity",
     "prune_",
+    "reconstruct_",
     "save",
     "sparsify",
     "unpack_",

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import sparsekit as sk
 from sparsekit.calibration import Walk
 from sparsekit.errors import NonFiniteError, PatternError
+from sparsekit.evaluate import perplexity
 from sparsekit.nn import sparse_layers
 from sparsekit.nn.side import install_side_
 from sparsekit.plan import SideBranch
@@ -532,3 +533,21 @@ class TestSparsify:
         with pytest.raises(ZeroDivisionError), pytest.warns():
             sk.sparsify(model, reconstruct=True, **self.OPTIONS)
         assert same(model, before)
+
+
+def test_perplexity_of_a_trained_model(wikilm):
+    """On text that it was not refitted on, more than half of what magnitude pruning costs comes back."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from sparsekit.evaluate import read_tokens
+
+    tokenizer = AutoTokenizer.from_pretrained(wikilm)
+    dense = AutoModelForCausalLM.from_pretrained(wikilm, dtype=torch.float32)
+    train, valid = (read_tokens(wikilm.parent / "text" / f"{split}.txt", tokenizer) for split in ("train", "valid"))
+    model, _ = pruned_copy(dense)
+    options = {"max_seq_length": 128, "max_tokens": 8192, "progress": False}
+    found = [float(perplexity(each, valid, **options)) for each in (dense, model)]
+    chunks = [train[start : start + 128] for start in range(0, 64 * 512, 512)]
+    reconstruct_(model, dense=dense, dataset=chunks, epochs=2, progress=False)
+    found.append(float(perplexity(model, valid, **options)))
+    assert found[0] < found[2] < (found[0] + found[1]) / 2
