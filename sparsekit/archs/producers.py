@@ -186,7 +186,7 @@ def _rows(model: nn.Module, producer: Producer, num: int) -> Iterator[Tensor]:
 
 
 @dataclass(frozen=True)
-class _Mlp:
+class Mlp:
     """Names, within one module, of the layers of an MLP.
 
     Attributes:
@@ -205,27 +205,27 @@ class _Mlp:
     fused: bool = False
 
 
-_MLPS = (
-    _Mlp("gate_proj", "down_proj", "up_proj"),
-    _Mlp("gate_up_proj", "down_proj", fused=True),
-    _Mlp("up_proj", "down_proj"),
-    _Mlp("w1", "w2", "w3"),
-    _Mlp("wi_0", "wo", "wi_1"),
-    _Mlp("wi", "wo"),
-    _Mlp("c_fc", "c_proj"),
-    _Mlp("lin1", "lin2"),
-    _Mlp("dense_h_to_4h", "dense_4h_to_h"),
-    _Mlp("fc1", "fc2"),
-    _Mlp("fc1", "fc2", beside=("self_attn", "encoder_attn", "self_attn_layer_norm", "final_layer_norm")),
-    _Mlp(
+MLPS = [
+    Mlp("gate_proj", "down_proj", "up_proj"),
+    Mlp("gate_up_proj", "down_proj", fused=True),
+    Mlp("up_proj", "down_proj"),
+    Mlp("w1", "w2", "w3"),
+    Mlp("wi_0", "wo", "wi_1"),
+    Mlp("wi", "wo"),
+    Mlp("c_fc", "c_proj"),
+    Mlp("lin1", "lin2"),
+    Mlp("dense_h_to_4h", "dense_4h_to_h"),
+    Mlp("fc1", "fc2"),
+    Mlp("fc1", "fc2", beside=("self_attn", "encoder_attn", "self_attn_layer_norm", "final_layer_norm")),
+    Mlp(
         "intermediate.dense",
         "output.dense",
         beside=("attention", "crossattention", "output.LayerNorm"),
         activation=("intermediate.intermediate_act_fn",),
     ),
-)
+]
 
-_ATTENTIONS = (
+ATTENTIONS = [
     ("q_proj", "k_proj", "v_proj", "o_proj"),
     ("q_proj", "k_proj", "v_proj", "out_proj"),
     ("q_lin", "k_lin", "v_lin", "out_lin"),
@@ -233,7 +233,7 @@ _ATTENTIONS = (
     ("self.query", "self.key", "self.value", "output.dense"),
     ("qkv_proj", "qkv_proj", "qkv_proj", "o_proj"),
     ("c_attn", "c_attn", "c_attn", "c_proj"),
-)
+]
 """Names, within one module, of the layers of an attention: queries, keys, values, output. One layer may be three."""
 
 _BESIDE_VALUES = (
@@ -247,7 +247,7 @@ _BESIDE_VALUES = (
 )
 """Parts of an attention that do not touch its values, or come after its output."""
 
-_HEAD_SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim", "self.attention_head_size")
+HEAD_SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim", "self.attention_head_size")
 
 _LLAMA = (("input_layernorm", "self_attn"), ("post_attention_layernorm", "mlp"))
 _PRE_NORM_BLOCKS: dict[str, tuple[tuple[str, str], ...]] = {
@@ -274,7 +274,7 @@ def _of_block(model: nn.Module, block: str) -> Iterator[Coupling]:
     found = []
     for inside, module in root.named_modules():
         name = f"{block}.{inside}" if inside else block
-        for find in (_value_coupling, _mlp_coupling):
+        for find in (value_coupling, mlp_coupling):
             if (hit := find(module, name)) is not None:
                 coupling, readers = hit
                 found.append(coupling)
@@ -290,9 +290,10 @@ def _of_block(model: nn.Module, block: str) -> Iterator[Coupling]:
     yield from found
 
 
-def _value_coupling(module: nn.Module, name: str) -> tuple[Coupling, Sequence[str]] | None:
-    head_size = next((size for path in _HEAD_SIZES if isinstance(size := _attribute(module, path), int)), None)
-    for names in _ATTENTIONS:
+def value_coupling(module: nn.Module, name: str) -> tuple[Coupling, Sequence[str]] | None:
+    """Return what the output of an attention reads, with the names of queries, keys and values; None for others."""
+    head_size = next((size for path in HEAD_SIZES if isinstance(size := _attribute(module, path), int)), None)
+    for names in ATTENTIONS:
         q, k, v, o = (_linear(module, path) for path in names)
         if q is None or k is None or v is None or o is None or head_size is None:
             continue
@@ -320,8 +321,9 @@ def _value_coupling(module: nn.Module, name: str) -> tuple[Coupling, Sequence[st
     return None
 
 
-def _mlp_coupling(module: nn.Module, name: str) -> tuple[Coupling, Sequence[str]] | None:
-    for form in _MLPS:
+def mlp_coupling(module: nn.Module, name: str) -> tuple[Coupling, Sequence[str]] | None:
+    """Return what closes an MLP reads, with the names of the layers that open it; None for others."""
+    for form in MLPS:
         inner, outer = _linear(module, form.inner), _linear(module, form.outer)
         other = _linear(module, form.other) if form.other else None
         if inner is None or outer is None or (form.other and other is None):

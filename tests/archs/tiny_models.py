@@ -83,6 +83,25 @@ def _t5() -> nn.Module:
     )
 
 
+def roberta() -> nn.Module:
+    """A tiny RoBERTa, with three heads."""
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=24, intermediate_size=36, num_hidden_layers=2, num_attention_heads=3)
+    config = RobertaConfig(vocab_size=VOCABULARY, max_position_embeddings=64, pad_token_id=0, **sizes)
+    return RobertaForSequenceClassification(config).eval()
+
+
+def vit() -> nn.Module:
+    """A tiny vision transformer, of images 3x8x8, with three heads."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=24, intermediate_size=36, num_hidden_layers=2, num_attention_heads=3)
+    return ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, num_labels=5, **sizes)).eval()
+
+
 BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "llama": lambda: _llama_like("Llama"),
     "mistral": lambda: _llama_like("Mistral"),
