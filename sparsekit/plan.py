@@ -16,6 +16,7 @@ from torch import Tensor
 from sparsekit.errors import CheckpointError
 from sparsekit.files import replace_file
 from sparsekit.masks import Mask
+from sparsekit.registry import unknown
 
 
 @dataclass
@@ -140,14 +141,61 @@ class InputOrder:
     __hash__ = None  # type: ignore[assignment]
 
 
+CUT_KINDS = ("heads", "channels", "layers")
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """Which units of one kind, in one place, are left; the others go with all that they are made of.
+
+    Attributes:
+        kept: int64 [n], ascending; at least one.
+        num: how many units there were.
+        kind: "heads" (under grouped queries a key-value head with all its queries), "channels" or "layers".
+    Raises:
+        ValueError: the kind is unknown, or `kept` is no such list: a part of which nothing is left cannot be had.
+    """
+
+    kept: Tensor
+    num: int
+    kind: str
+
+    def __post_init__(self) -> None:
+        if self.kind not in CUT_KINDS:
+            raise ValueError(unknown("kind", self.kind, list(CUT_KINDS)))
+        if self.kept.dim() != 1 or self.kept.dtype != torch.int64:
+            raise ValueError(f"kept must be int64 [n], got {self.kept.dtype} of shape {tuple(self.kept.shape)}")
+        if not len(self.kept):
+            raise ValueError(f"nothing is left of {self.num} {self.kind}: keep 1 or more")
+        rising = bool((self.kept.diff() > 0).all())
+        if not rising or self.kept[0] < 0 or self.kept[-1] >= self.num:
+            raise ValueError(f"kept must rise from 0 or more to {self.num - 1} or less, got {_few(self.kept)}")
+
+    @property
+    def removed(self) -> Tensor:
+        """The units that go, int64 [num - n], ascending."""
+        stays = torch.zeros(self.num, dtype=torch.bool).index_fill(0, self.kept.cpu(), True)
+        return (~stays).nonzero().flatten()
+
+    def __repr__(self) -> str:
+        return f"Cut({self.kind}: {len(self.kept):,} of {self.num:,})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Cut):
+            return NotImplemented
+        return (self.num, self.kind) == (other.num, other.kind) and _same(self.kept, other.kept)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 @dataclass(repr=False, eq=False)
 class Plan:
     """Decisions about one model: `masks` zero weights, `scales` say on which grid the others were put, `side` what runs
     beside them.
 
-    `perms` say in which order the inputs of some layers were put first. `cuts` hold another kind of decision. No method
-    makes them yet, so they are empty; they are saved and loaded, so that a plan that has them is not taken for one that
-    has not.
+    `cuts` come first: they make the model smaller, and all else refers to what they leave. Layers go before heads and
+    channels, so that every name is one in the model as it is without the layers that went. `perms` come next, and say
+    in which order the inputs of some layers are put.
 
     Attributes:
         masks: qualified module name -> `Mask` of its weight, as [out_features, in_features].
@@ -155,7 +203,8 @@ class Plan:
         scales: module name -> scales of the quantised format that the method rounded to, as that format stores them;
             for `pack_`, which then gives exactly the weights that the method left. Empty where nothing was rounded.
         notes: what a reader of the report must know: layers that fell back, were padded, or were left dense.
-        cuts: for later: layers, heads or channels that are kept, by module.
+        cuts: what is left of a model's parts. The key of heads and channels is the layer that reads them (`name` of
+            `sparsekit.archs.Width`), that of layers their list, as "model.layers".
         perms: module name -> order of its input features, which masks and scales refer to.
         side: module name -> low-rank branch beside its sparse weight; each module has a mask, too.
     """
@@ -163,7 +212,7 @@ class Plan:
     masks: dict[str, Mask] = field(default_factory=dict)
     made_by: MadeBy = field(default_factory=MadeBy)
     notes: list[str] = field(default_factory=list)
-    cuts: dict[str, Any] = field(default_factory=dict)
+    cuts: dict[str, Cut] = field(default_factory=dict)
     perms: dict[str, InputOrder] = field(default_factory=dict)
     side: dict[str, SideBranch] = field(default_factory=dict)
     scales: dict[str, Tensor] = field(default_factory=dict)
@@ -188,14 +237,32 @@ class Plan:
         patterns = ", ".join(sorted({str(mask.pattern) for mask in self.masks.values()})) or "nothing"
         notes = "".join(f"\n  • {note}" for note in self.notes)
         patterns += f" for {self.format}" if self.format else ""
-        made = f"{self.made_by.method or 'by hand'}: {patterns}, {len(self.masks)} layers"
+        made = f"{self.made_by.method or 'by hand'}: "
+        made += ", ".join(f"{num:,} of {total:,} {kind}" for kind, (num, total) in self.units().items())
+        made += ", then " if self.cuts and self.masks else ""
+        made += f"{patterns}, {len(self.masks)} layers" if self.masks or not self.cuts else ""
         made += f", {len(self.side)} with a side branch" if self.side else ""
         made += f", {len(self.perms)} with reordered inputs" if self.perms else ""
         return f"Plan({made}, sparsity={self.sparsity:.3f}){notes}"
 
+    def units(self) -> dict[str, tuple[int, int]]:
+        """Return, for each kind of cut, how many units are left and how many there were, in all."""
+        found: dict[str, tuple[int, int]] = {}
+        for kind in CUT_KINDS:
+            cuts = [cut for cut in self.cuts.values() if cut.kind == kind]
+            if cuts:
+                found[kind] = sum(len(cut.kept) for cut in cuts), sum(cut.num for cut in cuts)
+        return found
+
     @property
     def sparsity(self) -> float:
-        """Share of the planned layers' weights that is removed, less the numbers that side branches add."""
+        """Share of the masked layers' weights that is removed, less the numbers that side branches add.
+
+        Of a plan that only cuts, the share of the units that go, each cut counting as much as another. What weights a
+        unit has, the plan does not say; `check` counts them.
+        """
+        if self.cuts and not self.masks:
+            return sum(1 - len(cut.kept) / cut.num for cut in self.cuts.values()) / len(self.cuts)
         total = sum(mask.shape[0] * mask.shape[1] for mask in self.masks.values())
         removed = sum(mask.sparsity * mask.shape[0] * mask.shape[1] for mask in self.masks.values())
         return (removed - sum(branch.num_numbers for branch in self.side.values())) / max(total, 1)
@@ -207,12 +274,13 @@ class Plan:
             "made_by": asdict(self.made_by),
             "scales": list(self.scales),
             "notes": self.notes,
-            "cuts": self.cuts,
+            "cuts": {name: {"kind": cut.kind, "num": cut.num} for name, cut in self.cuts.items()},
             "perms": list(self.perms),
             "side": {name: {"group": branch.group, "X": branch.X is not None} for name, branch in self.side.items()},
         }
         tensors: dict[str, Tensor] = {f"masks.{name}": mask.bits.cpu() for name, mask in self.masks.items()}
         tensors |= {f"scales.{name}": scales.cpu().contiguous() for name, scales in self.scales.items()}
+        tensors |= {f"cuts.{name}": cut.kept.cpu().contiguous() for name, cut in self.cuts.items()}
         for name, perm in self.perms.items():
             tensors[f"perms.{name}.order"] = perm.order.cpu().contiguous()
             tensors[f"perms.{name}.signature"] = perm.signature.cpu().contiguous()
@@ -245,6 +313,18 @@ class Plan:
                 )
             if not bool(((scales > 0) & scales.isfinite()).all()):
                 raise ValueError(f"scales of {name} are not positive and finite")
+
+    def check_cuts(self) -> None:
+        """Raise ValueError where something refers to a layer that the cuts leave no place for."""
+        lists = {name: len(cut.kept) for name, cut in self.cuts.items() if cut.kind == "layers"}
+        for name in (*self.cuts, *self.masks):
+            for blocks, num in lists.items():
+                place = name.removeprefix(f"{blocks}.").partition(".")[0] if name.startswith(f"{blocks}.") else ""
+                if place.isdigit() and int(place) >= num:
+                    raise ValueError(
+                        f"the plan speaks of {name}, and leaves {num} layers in {blocks}: names are those of the "
+                        f"model without the layers that went, {blocks}.0 to {blocks}.{num - 1}"
+                    )
 
     def check_perms(self) -> None:
         """Raise ValueError unless every order of inputs fits the mask of its layer."""
@@ -283,7 +363,10 @@ class Plan:
                     name: Mask.from_bits(spec["pattern"], file.get_tensor(f"masks.{name}"), tuple(spec["shape"]))
                     for name, spec in header["masks"].items()
                 }
-                cuts = dict(header.get("cuts", {}))
+                cuts = {
+                    name: Cut(file.get_tensor(f"cuts.{name}"), spec["num"], spec["kind"])
+                    for name, spec in header.get("cuts", {}).items()
+                }
                 perms = {
                     name: InputOrder(file.get_tensor(f"perms.{name}.order"), file.get_tensor(f"perms.{name}.signature"))
                     for name in header.get("perms", [])
@@ -302,12 +385,18 @@ class Plan:
                 plan.check_scales()
                 plan.check_side()
                 plan.check_perms()
+                plan.check_cuts()
                 return plan
         except Exception as error:
             raise CheckpointError(f"{path} is not a complete sparsekit plan ({error}): make it again") from error
 
 
 _PLAIN = tuple(field.name for field in fields(Plan) if field.name != "scales")
+
+
+def _few(values: Tensor, limit: int = 8) -> str:
+    listed = ", ".join(map(str, values[:limit].tolist()))
+    return f"[{listed}{', …' if len(values) > limit else ''}]"
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

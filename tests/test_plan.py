@@ -11,7 +11,7 @@ from sparsekit_kernels.quant import GRIDS
 from sparsekit.errors import CheckpointError
 from sparsekit.masks import Mask
 from sparsekit.patterns import NM
-from sparsekit.plan import InputOrder, MadeBy, Plan, SideBranch
+from sparsekit.plan import Cut, InputOrder, MadeBy, Plan, SideBranch
 from sparsekit.registry import unknown
 
 
@@ -23,7 +23,8 @@ def make_plan() -> Plan:
     )
     side = {"layers.0.proj": SideBranch(torch.rand(3, 2), group=8)}
     perms = {"layers.0.proj": InputOrder(torch.randperm(10), torch.randn(10))}
-    return Plan(masks, made_by, ["a note"], {"layers": [0, 2]}, perms, side)
+    cuts = {"layers": Cut(torch.tensor([0, 2]), 3, "layers"), "layers.1.out": Cut(torch.tensor([1]), 4, "heads")}
+    return Plan(masks, made_by, ["a note"], cuts, perms, side)
 
 
 def test_round_trip(tmp_path):
@@ -132,6 +133,55 @@ def test_orders_that_do_not_fit_are_refused(tmp_path, name, K, message):
 def test_what_is_no_order_is_refused(order, signature, message):
     with pytest.raises(ValueError, match=message):
         InputOrder(order, signature)
+
+
+def test_cuts_survive_the_file_and_tell_plans_apart(tmp_path):
+    plan = make_plan()
+    plan.save(tmp_path / "plan")
+    loaded = Plan.load(tmp_path / "plan")
+    assert loaded == plan and loaded.cuts["layers"].kept.tolist() == [0, 2]
+    for change in (
+        Cut(torch.tensor([0, 1]), 3, "layers"),
+        Cut(torch.tensor([0, 2]), 4, "layers"),
+        Cut(torch.tensor([0, 2]), 3, "channels"),
+    ):
+        loaded.cuts["layers"] = change
+        assert loaded != plan
+
+
+def test_a_plan_of_cuts_alone():
+    plan = Plan(cuts={"a": Cut(torch.tensor([1, 2]), 4, "channels"), "b": Cut(torch.arange(3), 4, "channels")})
+    assert plan.units() == {"channels": (5, 8)} and plan.sparsity == pytest.approx((0.5 + 0.25) / 2)
+    assert repr(plan) == "Plan(by hand: 5 of 8 channels, sparsity=0.375)"
+    assert plan.cuts["a"].removed.tolist() == [0, 3] and str(plan.cuts["a"]) == "Cut(channels: 2 of 4)"
+
+
+@pytest.mark.parametrize(
+    "kept,num,kind,message",
+    [
+        ([], 3, "heads", "nothing is left of 3 heads: keep 1 or more"),
+        ([0, 3], 3, "heads", r"rise from 0 or more to 2 or less, got \[0, 3\]"),
+        ([-1, 1], 3, "heads", "from 0 or more"),
+        ([1, 0], 3, "layers", "kept must rise"),
+        ([1, 1], 3, "layers", "kept must rise"),
+        ([0], 3, "depth", "unknown kind 'depth'"),
+        ([[0]], 3, "heads", r"int64 \[n\], got torch.int64 of shape \(1, 1\)"),
+        ([0.0], 3, "heads", "got torch.float32"),
+    ],
+)
+def test_what_is_no_cut_is_refused(kept, num, kind, message):
+    kept = torch.tensor(kept) if kept else torch.tensor([], dtype=torch.int64)
+    with pytest.raises(ValueError, match=message):
+        Cut(kept, num, kind)
+
+
+@pytest.mark.parametrize("name", ["layers.2.proj", "layers.2"])
+def test_names_of_layers_that_went_are_refused(tmp_path, name):
+    plan = make_plan()
+    plan.cuts[name] = Cut(torch.tensor([0]), 2, "channels")
+    plan.save(tmp_path / "plan")
+    with pytest.raises(CheckpointError, match=f"speaks of {name}, and leaves 2 layers in layers.*layers.0 to layers.1"):
+        Plan.load(tmp_path / "plan")
 
 
 def test_what_branches_store_is_no_sparsity():
@@ -255,6 +305,6 @@ def test_altered_bits_that_break_the_pattern_are_refused(tmp_path):
 
 
 def test_a_plan_prints_as_one_line_and_its_notes():
-    made = "wanda: 2:4, 2 layers, 1 with a side branch, 1 with reordered inputs"
+    made = "wanda: 1 of 4 heads, 2 of 3 layers, then 2:4, 2 layers, 1 with a side branch, 1 with reordered inputs"
     assert str(make_plan()) == f"Plan({made}, sparsity=0.314)\n  • a note"
     assert repr(Plan()) == "Plan(by hand: nothing, 0 layers, sparsity=0.000)"
