@@ -22,7 +22,8 @@ ORDER = [
     {"targets"},
     {"pack"},
     {"archs", "snapshot", "check", "checkpoint"},
-    {"calibration", "surgery"},
+    {"calibration", "slicing", "knapsack", "shapes", "budgets"},
+    {"surgery"},
     {"methods"},
     {"prune", "reconstruct", "benchmarking", "evaluate"},
     {"train"},
@@ -32,7 +33,7 @@ ORDER = [
     {"__main__"},
 ]
 RANK = {name: rank for rank, row in enumerate(ORDER) for name in row}
-TRAINING = {"archs", "calibration", "methods", "prune", "reconstruct", "surgery"}
+TRAINING = {"archs", "budgets", "calibration", "methods", "prune", "reconstruct", "shapes", "slicing", "surgery"}
 RUNTIME = {"formats", "ops", "backends", "nn", "hf", "pack", "checkpoint"}
 
 
