@@ -8,10 +8,13 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from sparsekit.archs import find_widths
 from sparsekit.backends import BACKENDS
+from sparsekit.errors import Unsupported
 from sparsekit.formats import FORMATS
+from sparsekit.hf.describe import is_pretrained, who_opens, widths_of
 from sparsekit.masks import Mask
-from sparsekit.nn import SideLinear, SparseLinear, side_layers, sparse_layers, unwrapped
+from sparsekit.nn import SideLinear, SparseLinear, linear_size, side_layers, sparse_layers, unwrapped
 from sparsekit.pack import why_dense
 from sparsekit.patterns import NM, Block, Pattern
 from sparsekit.plan import Plan
@@ -107,7 +110,12 @@ def check(model: nn.Module, plan: Plan | None = None) -> Report:
         summary["bits a weight of the sparse layers"] = round(bits, 3)
         numbers = {"sparse_bytes": now_bytes, "dense_bytes": dense_bytes, "ratio": now_bytes / dense_bytes}
         numbers["bits_a_weight"] = bits
+    if plan is not None and plan.cuts:
+        problems += _cuts_that_are_not_made(model, plan)
+        summary |= {f"{kind} left": f"{num:,} of {total:,}" for kind, (num, total) in plan.units().items()}
     notes = problems + _why_these_backends(packed) + _second_copies(packed)
+    if widths_of(model) or (plan is not None and plan.cuts and is_pretrained(model)):
+        notes.append(who_opens(model))
     if plan is not None:
         missing = [name for name in plan.masks if name not in dict(model.named_modules())]
         notes += [f"the plan names {name}, which the model does not have" for name in missing]
@@ -118,6 +126,26 @@ def check(model: nn.Module, plan: Plan | None = None) -> Report:
     elif loose := [row["layer"] for row in pruned if row["layer"] not in packed and row["sparsity"] >= 0.25]:
         notes.append(f"{len(loose)} sparse layers are not packed and no faster for their zeros, as {loose[0]}")
     return Report("sparsekit check", rows, summary, notes, ok=not problems, numbers=numbers)
+
+
+def _cuts_that_are_not_made(model: nn.Module, plan: Plan) -> list[str]:
+    """Return a sentence for each cut whose part has another size than it leaves; packed heads cannot be counted."""
+    modules = dict(model.named_modules())
+    try:
+        heads = {width.name: width.num_units for width in find_widths(model) if width.kind == "heads"}
+    except Unsupported:  # as where all is packed
+        heads = {}
+    found = []
+    for name, cut in plan.cuts.items():
+        module, wanted = modules.get(name), len(cut.kept)
+        size = None if module is None else linear_size(module)
+        if module is None or (size is None) != (cut.kind == "layers"):
+            found.append(f"the plan cuts {name}, which the model does not have")
+            continue
+        now = len(list(module.children())) if size is None else size[1] if cut.kind == "channels" else heads.get(name)
+        if now not in (None, wanted):
+            found.append(f"{name} has {now} {cut.kind}, the plan leaves {wanted}: call sparsekit.apply_(model, plan)")
+    return found
 
 
 def _pattern_of(layer: SparseLinear) -> Pattern:

@@ -20,7 +20,14 @@ from sparsekit.errors import CheckpointError
 from sparsekit.files import replace_dir
 from sparsekit.hf import QUANT_METHOD
 from sparsekit.hf.card import write_card
-from sparsekit.hf.describe import describe_layers, describe_packed_, is_pretrained, layout_version
+from sparsekit.hf.describe import (
+    describe_layers,
+    describe_packed_,
+    is_pretrained,
+    layout_version,
+    mark_of_widths,
+    widths_of,
+)
 from sparsekit.nn import dense_layer, side_layers, sparse_layers, unwrapped
 from sparsekit.version import __version__
 
@@ -43,12 +50,14 @@ def save(
         model: a transformers model, or any module (`load` then needs the module to fill).
         save_directory: written beside and renamed into place; a failed save leaves what was there.
         packed: True keeps packed layers packed, in fewer bytes; opening it takes `import sparsekit`.
-            False writes them dense with their zeros, for any other tool.
+            False writes them dense with their zeros, for any other tool. Both write a model whose layers are cut to
+            sizes that its config cannot say so that opening it takes `import sparsekit`.
         tokenizer: saved into the same folder where given.
         max_shard_size: as in transformers.
     Raises:
-        ValueError: `packed=True` and no layer is packed; side branches that are not packed, or `packed=False`, which
-            has no place for them; or a peft model, whose adapter and base are saved apart.
+        ValueError: `packed=True` and no layer is packed, nor cut to a size that its config cannot say; side branches
+            that are not packed, or `packed=False`, which has no place for them; or a peft model, whose adapter and
+            base are saved apart.
         OSError: the disk is too full. Nothing was written.
     """
     model = unwrapped(model)
@@ -59,7 +68,8 @@ def save(
         )
     layers = sparse_layers(model)
     describe_packed_(model)  # layers may have been packed by hand, or through a part of the model
-    if packed and not layers:
+    widths = widths_of(model)
+    if packed and not layers and not widths:
         raise ValueError(
             "no layer of the model is packed: call sparsekit.pack_(model) first, or save with packed=False"
         )
@@ -75,7 +85,7 @@ def save(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         write_card(model, folder, layers if packed else {})
-        _write_manifest(folder, describe_layers(layers) if packed else {})
+        _write_manifest(folder, describe_layers(layers) if packed else {}, widths)
 
 
 def _refuse_branches(model: nn.Module, packed: bool) -> None:
@@ -152,9 +162,12 @@ def _write_pretrained(model: Any, folder: Path, packed: bool, max_shard_size: st
 
 @contextmanager
 def _undescribed(model: Any) -> Iterator[None]:
-    """Hide that the model is packed while its dense form is written."""
+    """Hide that the model is packed while its dense form is written; not that it is cut."""
+    mark = mark_of_widths(model)
     quantizer = model.__dict__.pop("hf_quantizer", None)
     config = model.config.__dict__.pop("quantization_config", None)
+    if mark is not None:
+        model.config.quantization_config = mark
     try:
         yield
     finally:
@@ -198,7 +211,8 @@ def _read_pretrained(folder: Path, manifest: dict[str, Any], backend: str, dtype
     kind = getattr(transformers, (config.architectures or [""])[0], None) or transformers.AutoModel
     described: Any = getattr(config, "quantization_config", None)
     ours = isinstance(described, dict) and described.get("quant_method") == QUANT_METHOD
-    if manifest and manifest.get("layers") != (described.get("layers") if ours else {}):
+    said = described if ours else {}
+    if manifest and any(manifest.get(key, {}) != said.get(key, {}) for key in ("layers", "widths")):
         raise CheckpointError(f"{folder / 'config.json'} and {MANIFEST} name other layers: fetch the checkpoint again")
     if ours:
         config.quantization_config = {**described, "backend": backend}
@@ -240,12 +254,13 @@ def _read_module(model: nn.Module, folder: Path, manifest: dict[str, Any], backe
     return model
 
 
-def _write_manifest(folder: Path, layers: dict[str, Any]) -> None:
+def _write_manifest(folder: Path, layers: dict[str, Any], widths: dict[str, list[int]]) -> None:
     files = sorted(folder.glob("*.safetensors"))
     manifest = {
         "sparsekit_version": __version__,
-        "layout_version": layout_version(layers),
+        "layout_version": layout_version(layers, widths),
         "layers": layers,
+        **({"widths": widths} if widths else {}),
         "files": {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files},
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from sparsekit.archs import find_couplings, fold_order_
-from sparsekit.errors import Unsupported
 from sparsekit.nn import install_side_, remember_grid_, side_layers, unwrapped
 from sparsekit.plan import Plan, SideBranch
 from sparsekit.registry import unknown
+from sparsekit.slicing import cut_
 from sparsekit.snapshot import Snapshot, restored_on_failure
 from sparsekit.targets import is_linear, weight_NK
 
@@ -20,11 +20,15 @@ M = TypeVar("M", bound=nn.Module)
 def apply_(model: M, plan: Plan) -> M:
     """Zero the weights that the plan removes, put its side branches beside them, and return the model, the same object.
 
-    Where the plan has an order of inputs, those are first put into it, with what produces them.
+    What the plan cuts goes first: layers, then heads and channels, with the rows that make them and the columns that
+    read them; the config says what is left. Then, where the plan has an order of inputs, those are put into it, with
+    what produces them.
 
     Layers keep their parameters, dtype and device, and stay trainable; those with a branch become `SideLinear`.
     Applying twice changes nothing more; after training it brings the zeros back, and leaves a branch as training made
     it. All or nothing: whatever ends the call early leaves the model as it was.
+
+    Layers that are cut get new parameters, so cut before making an optimizer.
 
     Warns when the method also updated kept weights (SparseGPT) and this model has non-zeros where the plan removes:
     that is as it should be after training, and means a lost update on a model that `prune_` did not run on. Warns when
@@ -33,17 +37,19 @@ def apply_(model: M, plan: Plan) -> M:
     Raises:
         ValueError: the plan names layers that the model lacks, that are no linear layers or have another shape; or
             its branches do not fit.
-        Unsupported: the plan holds decisions that this version cannot apply.
+        Unsupported: the plan cuts what cannot be cut in a model of this family.
     """
-    if plan.cuts:
-        raise Unsupported("the plan holds cuts, which this version does not apply: upgrade sparsekit")
+    plan.check_cuts()
     plan.check_side()
     plan.check_perms()
     inner = unwrapped(model)
-    layers = {name: _layer(inner, name, plan.masks[name].shape) for name in plan.masks}
-    if plan.made_by.updates_weights:
-        _warn_without_update(layers, plan)
     with torch.no_grad(), restored_on_failure(inner) as snapshot:
+        alive = cut_(inner, plan.cuts, snapshot)
+        if alive and plan.made_by.updates_weights:
+            _warn_without_refit(alive[0], plan)
+        layers = {name: _layer(inner, name, plan.masks[name].shape) for name in plan.masks}
+        if plan.made_by.updates_weights:
+            _warn_without_update(layers, plan)
         _put_in_order_(inner, plan, snapshot)
         for name, layer in layers.items():
             snapshot.remember(name)
@@ -108,6 +114,15 @@ def _layer(model: nn.Module, name: str, shape: tuple[int, int]) -> nn.Module:
     if found != shape:
         raise ValueError(f"the plan's layer {name} is {shape[0]}x{shape[1]}, and {found[0]}x{found[1]} in this model")
     return layer
+
+
+def _warn_without_refit(reader: str, plan: Plan) -> None:
+    warnings.warn(
+        f"{reader} still reads what the plan cuts. Unless you trained it after prune_, the model lacks the refit that "
+        f"{plan.made_by.method} made of what is left, and will be worse: apply the plan to the model that prune_ ran "
+        "on, or to one loaded from a save of it",
+        stacklevel=3,
+    )
 
 
 def _warn_without_update(layers: dict[str, nn.Module], plan: Plan) -> None:

@@ -5,7 +5,6 @@ import pytest
 import torch
 from torch import nn
 
-from sparsekit.errors import Unsupported
 from sparsekit.masks import Mask
 from sparsekit.methods import Magnitude, SparseGPT
 from sparsekit.nn import SideLinear, install_side_, side_layers
@@ -82,16 +81,6 @@ def test_a_plan_for_another_model_changes_nothing(what):
     plan = Plan(masks={"0": Mask("2:4", keep), name: Mask("2:4", keep)})
     before = copy.deepcopy(model)
     with pytest.raises(ValueError, match=message):
-        apply_(model, plan)
-    assert same(model, before)
-
-
-def test_decisions_of_a_later_version_are_refused():
-    model = tiny_model("llama")
-    plan = prune_(copy.deepcopy(model), "magnitude", progress=False)
-    plan.cuts = {"model.layers.0": [0, 1]}
-    before = copy.deepcopy(model)
-    with pytest.raises(Unsupported, match="the plan holds cuts"):
         apply_(model, plan)
     assert same(model, before)
 

@@ -386,7 +386,8 @@ def _at(module: nn.Module, path: str) -> nn.Module | None:
 
 def _linear(module: nn.Module, path: str) -> nn.Module | None:
     found = _at(module, path)
-    return found if found is not None and is_linear(found) else None
+    usable = found is not None and is_linear(found) and not hasattr(found, "parametrizations")
+    return found if usable else None
 
 
 def _attribute(root: nn.Module, path: str) -> Any:

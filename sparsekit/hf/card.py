@@ -6,6 +6,7 @@ from pathlib import Path
 import torch.nn as nn
 
 from sparsekit.formats import FORMATS, WeightSpec
+from sparsekit.hf.describe import widths_of
 from sparsekit.nn import SparseLinear
 
 _PACKED = """\
@@ -35,11 +36,29 @@ _BRANCHES = """\
 {num_branches} of them have a low-rank side branch, which these numbers count.
 """
 
+_CUT = """\
+## How to load
+
+```python
+import sparsekit  # first: it teaches transformers the sizes of these layers
+from transformers import {auto_class}
+
+model = {auto_class}.from_pretrained("this folder")
+```
+
+or `sparsekit.load("this folder")`, which also checks the files against the digests in `sparsekit.json`.
+
+The model is dense and smaller: heads or channels were cut from its blocks. {num_layers} of its layers have sizes that
+`config.json` has no words for, as `{first}` with {out_features} x {in_features}; they stand there under
+`quantization_config`, `widths`. **Without `import sparsekit` the load fails**, with sizes that do not match: never pass
+`ignore_mismatched_sizes`, which would put random weights there. Install the package with `pip install sparsekit-torch`.
+"""
+
 _DENSE = """\
 ## How to load
 
-These are ordinary dense weights with zeros in them: any tool that opens the base model opens this one. To run them
-packed and faster: `sparsekit.pack_(model)` after loading.
+These are ordinary dense weights, and the config says their sizes: any tool that opens the base model opens this one.
+To run weights with 2:4 zeros in them packed and faster: `sparsekit.pack_(model)` after loading.
 """
 
 
@@ -79,6 +98,15 @@ def write_card(model: nn.Module, folder: Path, packed: dict[str, SparseLinear]) 
             dense_mb=dense / 1e6,
             share=stored / max(dense, 1),
             branches=_BRANCHES.format(num_branches=num_branches) if num_branches else "",
+        )
+    elif widths := widths_of(model):
+        first = next(iter(widths))
+        body = _CUT.format(
+            auto_class=_auto_class(model),
+            num_layers=len(widths),
+            first=first,
+            out_features=widths[first][0],
+            in_features=widths[first][1],
         )
     else:
         body = _DENSE

@@ -1,10 +1,10 @@
-"""The transformers quantizer behind `from_pretrained` of a packed checkpoint.
+"""The transformers quantizer behind `from_pretrained` of a checkpoint that is packed, or cut unevenly.
 
 Only the methods that are the same in transformers 5.17 to 5.23 are overridden.
 
 A packed checkpoint opened *without* sparsekit must fail. transformers only warns of an unknown `quant_method` and
 would go on with random weights, so the checkpoint also carries one empty tensor under the name of a dense weight: its
-shape fits nothing, and stock transformers refuses to load it.
+shape fits nothing, and stock transformers refuses to load it. Layers that are cut have shapes that do not fit anyway.
 """
 
 from typing import Any
@@ -19,8 +19,17 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from sparsekit.errors import CheckpointError, Unsupported
 from sparsekit.formats import FORMATS, LAYOUT_VERSION
 from sparsekit.hf import QUANT_METHOD
-from sparsekit.hf.describe import describe_layers
-from sparsekit.nn import SparseLinear, dense_layer, replace_layer_, sparse_layers, warn_of_fallbacks
+from sparsekit.hf.describe import describe_layers, forget_packed_
+from sparsekit.nn import (
+    SIZES,
+    SparseLinear,
+    dense_layer,
+    linear_size,
+    replace_layer_,
+    resize_,
+    sparse_layers,
+    warn_of_fallbacks,
+)
 from sparsekit.nn.side_columns import SideColumns
 from sparsekit.registry import unknown
 
@@ -34,6 +43,9 @@ class SparsekitConfig(QuantizationConfigMixin):
         layout_version: of the canonical layouts; a later one than this package knows is refused. The default is
             that of layers without a side branch.
         backend: who shall run the layers; not stored.
+        widths: qualified name -> [out_features, in_features] of the layers whose sizes the rest of the config cannot
+            say.
+        sizes: qualified name of a module -> attributes that must agree with them, as {"num_heads": 3}.
     """
 
     def __init__(
@@ -41,20 +53,29 @@ class SparsekitConfig(QuantizationConfigMixin):
         layers: dict[str, dict[str, Any]] | None = None,
         layout_version: int = 1,
         backend: str = "auto",
+        widths: dict[str, list[int]] | None = None,
+        sizes: dict[str, dict[str, int]] | None = None,
         **kwargs: Any,
     ) -> None:
         self.quant_method: Any = QUANT_METHOD  # transformers' own enum cannot be extended
         self.layers = layers or {}
         self.layout_version = layout_version
         self.backend = backend
+        self.widths = widths or {}
+        self.sizes = sizes or {}
 
     def to_dict(self) -> dict[str, Any]:
-        return {"quant_method": QUANT_METHOD, "layout_version": self.layout_version, "layers": self.layers}
+        cut = {"widths": self.widths, "sizes": self.sizes} if self.widths else {}
+        return {"quant_method": QUANT_METHOD, "layout_version": self.layout_version, "layers": self.layers, **cut}
+
+    def of_widths_alone(self) -> "SparsekitConfig | None":
+        """Return what is to be said of the model without packed layers; None where that is nothing."""
+        return SparsekitConfig({}, 3, widths=self.widths, sizes=self.sizes) if self.widths else None
 
 
 @register_quantizer(QUANT_METHOD)
 class SparsekitQuantizer(HfQuantizer):
-    """Swaps the named layers for empty `SparseLinear` before loading, and prepares them after."""
+    """Gives layers their sizes, and swaps packed ones for empty `SparseLinear`, before loading; prepares them after."""
 
     requires_calibration = True
     quantization_config: SparsekitConfig
@@ -71,11 +92,18 @@ class SparsekitQuantizer(HfQuantizer):
                 f"the checkpoint has layout version {quantization_config.layout_version}, this sparsekit reads up to "
                 f"{LAYOUT_VERSION}: upgrade sparsekit"
             )
-        check_described(quantization_config.layers)
+        if quantization_config.widths or quantization_config.sizes:
+            check_widths(quantization_config.widths, quantization_config.sizes)
+        if quantization_config.layers or not quantization_config.widths:
+            check_described(quantization_config.layers)
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        tripwire = tripwire_name(self.quantization_config.layers)
         config = self.quantization_config
+        if config.widths:
+            config.widths, config.sizes = resize_layers_(model, config.widths, config.sizes)
+        if not config.layers:
+            return model
+        tripwire = tripwire_name(config.layers)
         config.layers = swap_in_empty_(model, config.layers, config.backend)
         for name in config.layers:  # or transformers would draw, and throw away, a random weight for each
             model.get_submodule(name)._is_hf_initialized = True
@@ -85,8 +113,11 @@ class SparsekitQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         layers = self.quantization_config.layers
-        refuse_missing(model, layers)
-        prepare_layers_(model, layers)
+        if layers:
+            refuse_missing(model, layers)
+            prepare_layers_(model, layers)
+        else:  # a model of odd sizes, and else an ordinary one: that can be cast, and trained
+            forget_packed_(model)
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -117,6 +148,50 @@ class SparsekitQuantizer(HfQuantizer):
 def tripwire_name(layers: dict[str, dict[str, Any]]) -> str:
     """Return the key of the empty tensor that makes a load without sparsekit fail."""
     return f"{min(layers)}.weight"  # not the first: config.json sorts its keys
+
+
+def check_widths(widths: Any, sizes: Any) -> None:
+    """Raise CheckpointError unless widths and sizes are what `describe_widths_` writes."""
+    again = "it was altered, fetch the checkpoint again"
+    for name, value in widths.items() if isinstance(widths, dict) else [("widths", widths)]:
+        if not (isinstance(value, list) and len(value) == 2 and all(type(n) is int and n > 0 for n in value)):
+            raise CheckpointError(f"config.json gives {value!r} as the width of {name}: {again}")
+    for name, found in sizes.items() if isinstance(sizes, dict) else [("sizes", sizes)]:
+        if not (isinstance(found, dict) and all(k in SIZES and type(n) is int and n > 0 for k, n in found.items())):
+            raise CheckpointError(f"config.json gives {found!r} as the sizes of {name}: {again}")
+
+
+def resize_layers_(
+    model: nn.Module, widths: dict[str, list[int]], sizes: dict[str, dict[str, int]]
+) -> tuple[dict[str, list[int]], dict[str, dict[str, int]]]:
+    """Give the named layers their sizes, and tell the modules around them.
+
+    Returns:
+        `widths` and `sizes` by the names they have in this model, as `swap_in_empty_` does.
+    Raises:
+        CheckpointError: the model has none of the layers, or they are no linear layers.
+    """
+    found: dict[str, list[int]] = {}
+    told: dict[str, dict[str, int]] = {}
+    for stored_name, size in widths.items():
+        if (name := _name_in(model, stored_name)) is None:
+            continue
+        layer = model.get_submodule(name)
+        if linear_size(layer) is None:
+            raise CheckpointError(f"{name} has a width in config.json, and is a {type(layer).__name__} here")
+        resize_(layer, *size)
+        found[name] = size
+    if not found:
+        raise CheckpointError(
+            f"the checkpoint gives the sizes of {next(iter(widths))} and others, {type(model).__name__} has none of "
+            "them: load it with the class that saved it"
+        )
+    for stored_name, attributes in sizes.items():
+        if (name := _name_in(model, stored_name)) is not None:
+            for attribute, value in attributes.items():
+                setattr(model.get_submodule(name), attribute, value)
+            told[name] = attributes
+    return found, told
 
 
 def check_described(layers: dict[str, dict[str, Any]]) -> None:

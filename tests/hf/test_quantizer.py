@@ -188,7 +188,7 @@ class TestConfig:
 
     def test_refuses_what_a_later_version_wrote(self):
         with pytest.raises(CheckpointError, match="layout version 3, this sparsekit reads up to 2: upgrade"):
-            SparsekitQuantizer(SparsekitConfig(layers=self.LAYERS, layout_version=3))
+            SparsekitQuantizer(SparsekitConfig(layers=self.LAYERS, layout_version=4))
 
     def test_registered_once(self):
         from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
