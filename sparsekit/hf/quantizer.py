@@ -113,6 +113,8 @@ class SparsekitQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         layers = self.quantization_config.layers
+        if self.quantization_config.widths:
+            refuse_other_sizes(model)
         if layers:
             refuse_missing(model, layers)
             prepare_layers_(model, layers)
@@ -192,6 +194,17 @@ def resize_layers_(
                 setattr(model.get_submodule(name), attribute, value)
             told[name] = attributes
     return found, told
+
+
+def refuse_other_sizes(model: nn.Module) -> None:
+    """Raise CheckpointError if a weight has not the size that its layer was given; not all transformers look."""
+    for name, module in model.named_modules():
+        weight, size = module._parameters.get("weight"), linear_size(module)
+        if weight is None or size is None:
+            continue
+        shape = tuple(weight.shape)
+        if shape != (size[::-1] if hasattr(module, "nf") else size):
+            raise CheckpointError(f"{name}.weight has other shapes than its config.json says: {shape} for {size}")
 
 
 def check_described(layers: dict[str, dict[str, Any]]) -> None:

@@ -87,8 +87,8 @@ def stock(tmp_path_factory):
         torch.save(inputs, folder / "inputs.pt")
         with torch.no_grad():
             torch.save(model(**inputs).logits, folder / "logits.pt")
-    home = Path(tf.__file__).parent.parent
-    environment = {**os.environ, "PYTHONPATH": str(home), "TRANSFORMERS_VERBOSITY": "error"}
+    others = [path for path in sys.path if path and not (Path(path) / "sparsekit").is_dir()]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(others), "TRANSFORMERS_VERBOSITY": "error"}
     command = [sys.executable, "-c", LOAD_ALL, *map(str, folders.values())]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -321,11 +321,16 @@ class TestAlteredConfigs:
         with pytest.raises(CheckpointError):
             tf.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
 
-    def test_a_width_that_the_weights_have_not(self, tmp_path):
+    @pytest.mark.parametrize("left_out", [True, False])
+    def test_a_width_that_the_weights_have_not(self, left_out, tmp_path):
         MARKED["llama"]().save_pretrained(tmp_path / "m")
         path = tmp_path / "m" / "config.json"
         config = json.loads(path.read_text())
-        config["quantization_config"]["widths"]["model.layers.0.mlp.up_proj"][0] -= 1
+        widths = config["quantization_config"]["widths"]
+        if left_out:
+            del widths["model.layers.0.mlp.up_proj"]
+        else:
+            widths["model.layers.0.mlp.up_proj"][0] -= 1
         path.write_text(json.dumps(config))
         with pytest.raises(CheckpointError, match="other shapes than its config.json says"):
             sk.load(tmp_path / "m")
