@@ -132,9 +132,8 @@ def _splits(width: Width, number: int, devices: int) -> bool:
 
 
 def _sizes(width: Width, number: int, devices: int) -> list[int]:
-    """Return, on one device, the columns of the reader and the rows of each producer."""
-    sizes = [number * width.columns // devices]
-    return sizes + [
+    """Return the rows of each producer on one device; the reader has as many columns as some producer has rows."""
+    return [
         rows.per_unit if number < devices and rows.per_unit < width.columns else number * rows.per_unit // devices
         for rows in width.producers
     ]

@@ -26,8 +26,13 @@ def concave(rng, n):
     return steps, np.concatenate(([0.0], np.cumsum(np.sort(rng.integers(0, 4, n))[::-1])))
 
 
+def uneven(rng, n):
+    return np.concatenate(([0], rng.choice([3, 3, 6], n).cumsum())), concave(rng, n)[1]
+
+
 PARTS = {
     "concave, many ties": concave,
+    "concave, uneven steps": uneven,
     "any values": lambda rng, n: (np.sort(rng.integers(0, 30, n + 1)), rng.normal(size=n + 1)),
     "few values, equal costs": lambda rng, n: (np.sort(rng.integers(0, 6, n + 1)), rng.integers(-2, 3, n + 1) * 1.0),
     "zeros": lambda rng, n: (np.arange(n + 1) * 5, np.zeros(n + 1)),

@@ -7,7 +7,10 @@ import torch
 from torch import nn
 
 from sparsekit.archs import Rows, Width, find_widths
+from sparsekit.plan import Cut
 from sparsekit.shapes import legal_widths
+from sparsekit.slicing import cut_
+from sparsekit.snapshot import Snapshot
 from tests.archs.tiny_models import tiny_model
 
 
@@ -39,7 +42,7 @@ def test_without_wishes_all_is_legal_down_to_the_minimum():
 
 @pytest.mark.parametrize("devices", [1, 2, 3, 4, 6])
 @pytest.mark.parametrize("round_to", [1, 3, 8, 16])
-@pytest.mark.parametrize("heads,groups,size", [(12, 6, 8), (12, 12, 4), (8, 2, 10), (24, 1, 2)])
+@pytest.mark.parametrize("heads,groups,size", [(12, 6, 8), (12, 12, 4), (8, 2, 10), (24, 1, 2), (16, 4, 4)])
 def test_every_layer_can_be_split_and_is_aligned(devices, round_to, heads, groups, size):
     """Each device gets whole heads and even, aligned shares of all dimensions; and nothing that does is left out."""
     model = llama(num_attention_heads=heads, num_key_value_heads=groups, head_dim=size)
@@ -168,3 +171,27 @@ def test_the_table_for_people():
         ("channels", 1, 100),
     ]
     assert [row["may keep"] for row in rows] == ["1, 2, 3, 4, 5, 6", "8, 12, 16, …, 100 (24 in all)", "100"]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "bert", "gpt2", "opt", "distilbert"])
+def test_uniform_cuts_need_no_mark(family):
+    """What is offered as uniform is what the config alone can say, once the model is cut so."""
+    import transformers
+
+    options = dict(vocab_size=61, hidden_size=24, intermediate_size=36, num_hidden_layers=2, num_attention_heads=4)
+    names = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+    if family in names:
+        name = names[family]
+        config = getattr(transformers, name.replace("ForCausalLM", "Config"))(**options, num_key_value_heads=4)
+        model = getattr(transformers, name)(config)
+    else:
+        model = tiny_model(family)
+    legal = legal_widths(model, uniform=True)
+    for least in range(3):
+        smaller = copy.deepcopy(model)
+        num_kept = {name: numbers[min(least, len(numbers) - 1)] for name, numbers in legal.numbers.items()}
+        cuts = {w.name: Cut(torch.arange(num_kept[w.name]), w.num_units, w.kind) for w in legal.widths}
+        cut_(smaller, cuts, Snapshot(smaller))
+        assert getattr(smaller.config, "quantization_config", None) is None
+        stock = type(smaller)(type(smaller.config).from_dict(smaller.config.to_dict()))
+        stock.load_state_dict(smaller.state_dict())
