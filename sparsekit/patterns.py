@@ -125,7 +125,37 @@ class Unstructured(Pattern):
         return 0
 
 
-EXAMPLES = ["2:4", "1:4", "4:8", "64x64", "unstructured"]
+@dataclass(frozen=True)
+class _Whole(Pattern):
+    """Parts of a model that go altogether; the weights that are left are dense."""
+
+    def project(self, scores: Tensor, sparsity: float = 0.5) -> Tensor:
+        raise ValueError(
+            f"pattern {self} is no pattern of the entries of a weight: it takes whole parts out of a model. Use "
+            "method='contribution' or another structured method"
+        )
+
+    def count_violations(self, keep: Tensor) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class Structured(_Whole):
+    """Heads, channels or hidden dimensions go: the model becomes narrower."""
+
+    def __str__(self) -> str:
+        return "structured"
+
+
+@dataclass(frozen=True)
+class Depth(_Whole):
+    """Blocks go: the model becomes shorter."""
+
+    def __str__(self) -> str:
+        return "depth"
+
+
+EXAMPLES = ["2:4", "1:4", "4:8", "64x64", "unstructured", "structured", "depth"]
 """Patterns that messages offer; any N:M and any RxC parse."""
 
 
@@ -133,14 +163,14 @@ def parse_pattern(pattern: str | Pattern) -> Pattern:
     """Return the Pattern that a word means.
 
     Raises:
-        ValueError: the word is none of "N:M", "RxC", "unstructured".
+        ValueError: the word is none of "N:M", "RxC", "unstructured", "structured", "depth".
     """
     if isinstance(pattern, Pattern):
         return pattern
     if isinstance(pattern, str):
         word = pattern.strip().lower()
-        if word == "unstructured":
-            return Unstructured()
+        if word in (words := {str(each): each for each in (Unstructured(), Structured(), Depth())}):
+            return words[word]
         if found := re.fullmatch(r"(\d+):(\d+)", word):
             return NM(int(found[1]), int(found[2]))
         if found := re.fullmatch(r"(\d+)x(\d+)", word):

@@ -11,7 +11,16 @@ from sparsekit.archs import Coupling, find_blocks, find_couplings, fold_order_, 
 from sparsekit.calibration import Hessian, Statistics, Walk, load_samples
 from sparsekit.errors import NonFiniteError
 from sparsekit.masks import Mask
-from sparsekit.methods import AWQ, Decision, Magnitude, OneShot, Trained, is_trained, method_config
+from sparsekit.methods import (
+    AWQ,
+    Decision,
+    Magnitude,
+    OneShot,
+    StructuredMethod,
+    Trained,
+    is_trained,
+    method_config,
+)
 from sparsekit.methods.channel_order import coupled_order
 from sparsekit.methods.grid import is_quantised
 from sparsekit.methods.wide import WideWeight
@@ -19,6 +28,7 @@ from sparsekit.nn import SideLinear, remember_grid_
 from sparsekit.patterns import NM
 from sparsekit.plan import InputOrder, MadeBy, Plan, SideBranch
 from sparsekit.progress import Progress, progress_bar
+from sparsekit.prune_structured import shrink_
 from sparsekit.snapshot import Snapshot, restored_on_failure
 from sparsekit.targets import Entry, find_targets, set_weight_NK_, show_entries, weight_NK
 from sparsekit.version import __version__
@@ -26,7 +36,7 @@ from sparsekit.version import __version__
 
 def prune_(
     model: nn.Module,
-    method: str | OneShot | Trained,
+    method: str | OneShot | StructuredMethod | Trained,
     *,
     dataset: Any = None,
     tokenizer: Any = None,
@@ -49,9 +59,10 @@ def prune_(
 
     Args:
         model: a transformers model, or any `nn.Module` with linear layers.
-        method: "magnitude", "wanda", "sparsegpt", "ria", "alps", or a config, as `SparseGPT(pattern="2:4")`; or the
-            config of a method that trains, as `sparsekit.AST(max_steps=300)`, which then goes by its own number of
-            samples, lengths, batch size and seed.
+        method: "magnitude", "wanda", "sparsegpt", "ria", "alps", or a config, as `SparseGPT(pattern="2:4")`; a
+            structured one, as "contribution" or `KCM(constraints={"flops": "60%"})`, whose parts that go are made dead
+            here and cut out by `apply_`; or the config of a method that trains, as `sparsekit.AST(max_steps=300)`,
+            which then goes by its own number of samples, lengths, batch size and seed.
         dataset: calibration data; see `load_samples` for all that is accepted. Magnitude needs none.
         tokenizer: for a dataset of text.
         targets: which layers; see `find_targets`.
@@ -74,14 +85,6 @@ def prune_(
     targets, ignore = (
         each if isinstance(each, str) or callable(each) else list(each or ()) for each in (targets, ignore)
     )
-    layers = find_targets(model, targets, ignore)
-    if config.statistics is not None and dataset is None:
-        raise ValueError(
-            f"{config.name} needs calibration data: pass dataset=[...texts...] and tokenizer=..., "
-            "a list of token tensors, or use method='magnitude'"
-        )
-    _refuse_non_finite(layers)
-    layers, empty = _without_empty(layers)
     made_by = MadeBy(
         method=config.name,
         config=config.to_dict(),
@@ -92,6 +95,31 @@ def prune_(
         targets=show_entries(targets),
         ignore=show_entries(ignore),
     )
+    if isinstance(config, StructuredMethod):
+        plan = Plan(made_by=made_by)
+        shrink_(
+            model,
+            config,
+            plan,
+            dataset=dataset,
+            tokenizer=tokenizer,
+            targets=targets,
+            ignore=ignore,
+            num_calibration_samples=num_calibration_samples,
+            max_seq_length=max_seq_length,
+            batch_size=batch_size,
+            seed=seed,
+            progress=progress,
+        )
+        return plan
+    layers = find_targets(model, targets, ignore)
+    if config.statistics is not None and dataset is None:
+        raise ValueError(
+            f"{config.name} needs calibration data: pass dataset=[...texts...] and tokenizer=..., "
+            "a list of token tensors, or use method='magnitude'"
+        )
+    _refuse_non_finite(layers)
+    layers, empty = _without_empty(layers)
     plan = Plan(made_by=made_by, notes=_notes_on_model(model, layers, config))
     if empty:
         plan.notes.append(f"{_some(empty)}: every weight is zero already: left as it is")

@@ -25,7 +25,7 @@ ORDER = [
     {"calibration", "slicing", "knapsack", "shapes", "budgets"},
     {"surgery"},
     {"methods"},
-    {"prune", "reconstruct", "benchmarking", "evaluate"},
+    {"prune", "prune_structured", "reconstruct", "benchmarking", "evaluate"},
     {"train"},
     {"sparsify", "doctor"},
     {"__init__"},

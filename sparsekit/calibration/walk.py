@@ -137,7 +137,7 @@ class Walk:
 
         handle = self.model.get_submodule(name).register_forward_hook(keep)
         try:
-            self._run(index)
+            self.run(index)
         finally:
             handle.remove()
         return kept[0]
@@ -179,7 +179,7 @@ class Walk:
             if step.block:
                 hooks.callback(self.model.get_submodule(step.block).register_forward_hook(_stop).remove)
             if names:
-                self._run(0)
+                self.run(0)
         return outputs
 
     def _record(self, step: Step, kind: type[Statistics], share: bool) -> dict[str, Statistics | None] | None:
@@ -189,11 +189,11 @@ class Walk:
                 hooks.callback(self.model.get_submodule(step.block).register_forward_hook(_stop).remove)
             for index in range(len(self.batches)):
                 recorder.begin(self.batches[index])
-                self._run(index)
+                self.run(index)
         return recorder.result()
 
-    def _run(self, index: int) -> None:
-        """Run one batch, with the blocks that are done standing in for themselves."""
+    def run(self, index: int) -> Any:
+        """Run one batch, with the blocks that are done standing in for themselves; return what the model gives."""
         batch = {key: value.to(self._device) for key, value in self.batches[index].items()}
         args = (batch.pop(INPUT),) if INPUT in batch else ()
         with ExitStack() as stack:
@@ -203,9 +203,9 @@ class Walk:
                     stack.enter_context(_replaced(self.model.get_submodule(step.block), output))
             try:
                 # Of a module that stands in two places, tie_weights=True would leave the replaced tensor behind.
-                functional_call(self.model, self.weights, args, batch, tie_weights=False)
+                return functional_call(self.model, self.weights, args, batch, tie_weights=False)
             except _Stop:
-                pass
+                return None
 
     def _plan_steps(self) -> list[Step]:
         """Run one batch to see what comes when; each block that runs just once is a step."""
@@ -235,7 +235,7 @@ class Walk:
                 hooks.callback(module.register_forward_pre_hook(before(name), with_kwargs=True).remove)
                 if name in chain_of:
                     hooks.callback(module.register_forward_hook(after(name)).remove)
-            self._run(0)
+            self.run(0)
         blocks = {name for name in chain_of if calls[name] == 1}
         steps = self._steps_in_order(list(calls), blocks, chain_of)
         self.replays = self._replay_holds([step for step in steps if step.block], inputs, outputs)
@@ -274,7 +274,7 @@ class Walk:
                     stack.enter_context(_replaced(self.model.get_submodule(done.block), latest[done.chain]))
                 block = self.model.get_submodule(step.block)
                 stack.callback(block.register_forward_pre_hook(look, with_kwargs=True).remove)
-                self._run(0)
+                self.run(0)
             true = inputs[step.block]
             if len(true) != len(seen) or not all(map(torch.equal, true, seen)):
                 return False

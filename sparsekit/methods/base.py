@@ -4,7 +4,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, ClassVar, Protocol, Self, TypeGuard
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from sparsekit.calibration.statistics import Statistics
 from sparsekit.formats import FORMATS
 from sparsekit.methods.grid import is_quantised, round_to_nearest
-from sparsekit.patterns import NM, Pattern, check_sparsity, parse_pattern
+from sparsekit.patterns import NM, Depth, Pattern, Structured, check_sparsity, parse_pattern
 from sparsekit.registry import Registry, unknown
+
+if TYPE_CHECKING:
+    from sparsekit.methods.structured.base import StructuredMethod
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,12 @@ class OneShot(ABC):
 
     def __post_init__(self) -> None:
         parsed = parse_pattern(self.pattern)
+        if isinstance(parsed, Structured | Depth):
+            remedy = "depth" if isinstance(parsed, Depth) else "contribution"
+            raise ValueError(
+                f"{self.name} zeroes weights, and pattern='{parsed}' takes whole parts of a model out: use a method "
+                f"that does, as method='{remedy}'"
+            )
         if isinstance(self.sparsity, bool) or not isinstance(self.sparsity, int | float):
             raise ValueError(
                 f"sparsity={self.sparsity!r} is not a number: use a share of the weights to remove, as 0.5"
@@ -145,8 +154,8 @@ def _check_format(format: str, pattern: Pattern) -> None:
         )
 
 
-METHODS: Registry[type[OneShot]] = Registry("method")
-"""Name of a one-shot method -> config class."""
+METHODS: Registry["type[OneShot] | type[StructuredMethod]"] = Registry("method")
+"""Name of a method that does not train -> config class."""
 
 TRAINED = {"ast": "sparsekit.train:ASTConfig", "maskllm": "sparsekit.train:MaskLLMConfig"}
 """Name of a trained method -> where its config class is; they need transformers, so each is imported when asked for."""
@@ -173,6 +182,11 @@ def is_trained(method: object) -> TypeGuard[Trained]:
     return not isinstance(method, type) and callable(getattr(method, "train_", None))
 
 
+def is_one_shot(method: object) -> bool:
+    """Return whether this is the config of a method that does not train."""
+    return isinstance(method, tuple(kind for _, kind in METHODS.items()) or OneShot)
+
+
 def trained_config(name: str) -> type[Trained]:
     """Return the config class of a trained method."""
     module, _, attribute = TRAINED[name].partition(":")
@@ -180,7 +194,7 @@ def trained_config(name: str) -> type[Trained]:
 
 
 def method_config(method: Any, **fields: Any) -> Any:
-    """Return the config that a name stands for, or the config itself: a `OneShot` or a `Trained`.
+    """Return the config that a name stands for, or the config itself: a `OneShot`, a `StructuredMethod`, a `Trained`.
 
     Raises:
         ValueError: no method has this name, or `method` is neither.
@@ -192,7 +206,7 @@ def method_config(method: Any, **fields: Any) -> Any:
         if name not in METHODS:
             raise ValueError(unknown("method", method, [*METHODS, *TRAINED]))
         return METHODS.get(name).from_dict(fields)
-    if isinstance(method, OneShot) or is_trained(method):
+    if is_one_shot(method) or is_trained(method):
         return method
     given = f"{method.__name__} itself" if isinstance(method, type) else f"a {type(method).__name__}"
     raise ValueError(

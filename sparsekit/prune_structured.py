@@ -1,0 +1,427 @@
+"""Make a model narrower or shorter: which heads, channels or blocks go, and what the layers that read them do about it.
+
+The model keeps its shapes here. What goes is made dead, by zeros in the columns that read it, and `apply_` cuts it out:
+so the plan can be looked at, tried and saved before anything is cut, and cutting changes no output.
+
+Two passes over the data. In the first one, on the dense model, the method finds out what units are worth, and the
+solver of budgets how many stay in each layer. The second goes block by block from the bottom; there the method decides
+about each reader in turn, with the inputs that it has by then and the sums that it should bring about (`watch`). The
+teacher that says so is the same model, run with its old weights on its own inputs.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sparsekit.archs import Width, find_blocks, find_widths
+from sparsekit.benchmarking.forward import as_timed, example_inputs
+from sparsekit.benchmarking.latency_table import measure_latency
+from sparsekit.benchmarking.machine import device_of
+from sparsekit.benchmarking.timing import compare
+from sparsekit.budgets import Budget, Costs, allocate, count_flops, count_params, even_values
+from sparsekit.calibration import Walk, load_samples
+from sparsekit.calibration.quiet import as_in_inference
+from sparsekit.calibration.samples import Batch
+from sparsekit.calibration.walk import Step
+from sparsekit.errors import NonFiniteError, Unsupported
+from sparsekit.methods.structured.allocation import best_units
+from sparsekit.methods.structured.base import Job, StructuredMethod, WidthMethod
+from sparsekit.methods.structured.biases import give_biases_
+from sparsekit.methods.structured.depth import Depth, skipped
+from sparsekit.methods.structured.inputs import InputSums, check_inputs, mean_length, run
+from sparsekit.methods.structured.labels import labelled_batches
+from sparsekit.methods.structured.moments import Moments
+from sparsekit.methods.structured.recover import only_columns
+from sparsekit.methods.structured.watch import Tokens, Watcher, first_only_readers, first_tensor
+from sparsekit.plan import Cut, Plan
+from sparsekit.progress import Progress, progress_bar
+from sparsekit.shapes import legal_widths
+from sparsekit.snapshot import Snapshot, restored_on_failure
+from sparsekit.targets import Entry, find_targets, is_conv1d, is_linear, set_weight_NK_, weight_NK
+
+
+def shrink_(
+    model: nn.Module,
+    config: StructuredMethod,
+    plan: Plan,
+    *,
+    dataset: Any,
+    tokenizer: Any,
+    targets: Iterable[Entry] | Entry,
+    ignore: Iterable[Entry] | Entry,
+    num_calibration_samples: int,
+    max_seq_length: int,
+    batch_size: int,
+    seed: int,
+    progress: bool,
+) -> None:
+    """Make parts of a model dead in place, and write what is left of them into the plan.
+
+    Arguments as for `prune_`, which this is part of.
+
+    Raises:
+        ValueError: a wrong argument, no data or labels where the method needs them, or a budget that no legal widths
+            reach; the nearest are named.
+        Unsupported: the model is of a family whose parts are not known.
+        NonFiniteError: weights or activations hold NaN or infinity.
+    """
+    given: dict[str, Any] = {
+        "num_samples": num_calibration_samples,
+        "max_length": max_seq_length,
+        "batch_size": batch_size,
+        "seed": seed,
+    }
+    batches: list[Batch] = []
+    if config.needs_labels:
+        batches = labelled_batches(dataset, model, tokenizer, **given)
+    elif config.needs_data:
+        if dataset is None:
+            raise ValueError(
+                f"{config.name} needs calibration data: pass dataset=[...texts...] and tokenizer=..., a list of token "
+                "tensors, or use method='magnitude_sp'"
+            )
+        samples = load_samples(dataset, model, tokenizer, **given)
+        batches, plan.made_by.data_digest = samples.batches, samples.digest
+        plan.made_by.sample_length = samples.length
+        plan.notes += [samples.note] if samples.note else []
+    plan.made_by.num_samples = sum(len(next(iter(batch.values()))) for batch in batches)
+    with restored_on_failure(model) as snapshot:
+        if isinstance(config, WidthMethod):
+            layers = find_targets(model, targets, ignore)
+            with progress_bar(config.name, 2 * len(layers), progress) as bar:
+                _narrow_(model, config, plan, layers, batches, snapshot, bar, seed)
+        elif isinstance(config, Depth):
+            with progress_bar(config.name, 1, progress) as bar:
+                _shorten_(model, config, plan, batches, snapshot, bar)
+
+
+def _narrow_(
+    model: nn.Module,
+    config: WidthMethod,
+    plan: Plan,
+    layers: Mapping[str, nn.Module],
+    batches: list[Batch],
+    snapshot: Snapshot,
+    bar: Progress,
+    seed: int,
+) -> None:
+    """Take out heads and channels; a width takes part if all layers that it touches are targets."""
+    widths = _targeted(find_widths(model), layers)
+    solver = _Solver(model, config, widths, batches)
+    own = [width for width in widths if width.kind in config.kinds]
+    if config.wants_biases and (left := give_biases_(model, own, snapshot)):
+        plan.notes.append(f"{left[0]} has no bias, nor can its config ask for one: nothing stands for means there")
+    job = Job(model, own, batches, solver, bar, seed, notes=plan.notes)
+    if config.second_pass is Moments:
+        job.first_only = first_only_readers(model, [width.name for width in own], batches[0])
+    job.scores = config.score(job)
+    counts = config.count(job)
+    plan.notes += solver.notes(counts)
+    _Readers(job, config, counts, snapshot, plan).prune_()
+
+
+def _shorten_(
+    model: nn.Module, config: Depth, plan: Plan, batches: list[Batch], snapshot: Snapshot, bar: Progress
+) -> None:
+    """Take out blocks; what writes to the residual stream there becomes zero, where that makes a block pass on its
+    input."""
+    linears = [name for name, module in model.named_modules() if is_linear(module)]
+    lists = find_blocks(model, linears)
+    if len(lists) != 1:
+        raise Unsupported(
+            f"method='depth' takes blocks out of one list, and this model has {', '.join(lists) or 'none'}: load the "
+            "part that is to be shortened by itself"
+        )
+    ((name, blocks),) = lists.items()
+    num_kept = _num_blocks(model, config, blocks, batches)
+    gone = config.choose(model, blocks, len(blocks) - num_kept, batches, bar)
+    kept = torch.tensor([place for place in range(len(blocks)) if place not in gone])
+    if not gone:
+        return
+    plan.cuts[name] = Cut(kept, len(blocks), "layers")
+    plan.notes.append(f"{len(kept)} of {len(blocks)} blocks are left; without {', '.join(map(str, gone))}")
+    alive = [blocks[place] for place in gone if not _silence_(model, blocks[place], batches[0], snapshot)]
+    if alive:
+        plan.notes.append(
+            f"{alive[0]} cannot pass on its input by zeros in its weights: it stays as it is until apply_ takes it out"
+        )
+
+
+def _num_blocks(model: nn.Module, config: Depth, blocks: list[str], batches: list[Batch]) -> int:
+    """Return how many blocks the budget pays for; they are taken to cost the same each.
+
+    Raises:
+        ValueError: it pays for none.
+    """
+    budget, num = Budget.parse(config.budget), len(blocks)
+    sizes = [sum(parameter.numel() for parameter in model.get_submodule(block).parameters()) for block in blocks]
+    total, fixed = sum(sizes), sum(parameter.numel() for parameter in model.parameters()) - sum(sizes)
+    if budget.measure == "flops":
+        if (length := config.length or mean_length(batches)) is None:
+            raise ValueError(f"{budget} is about sequences of some length: pass Depth(length=...), in tokens")
+        total, fixed = count_flops(model, find_widths(model), length).dense, 0
+    elif budget.measure == "ns":
+        total, fixed = _time_of_blocks(model, config, blocks, batches)
+    costs = Costs(budget.measure, {"blocks": np.arange(num + 1, dtype=np.int64) * (total // num)}, fixed)
+    num_kept = min(num, budget.limits(costs)[1] // (total // num))
+    if num_kept < 1:
+        raise ValueError(f"{budget} pays for no block: {budget.entry(total // num, costs)} pays for one of {num}")
+    return num_kept
+
+
+def _time_of_blocks(model: nn.Module, config: Depth, blocks: list[str], batches: list[Batch]) -> tuple[int, int]:
+    """Return the nanoseconds of a model's blocks, and those of the rest."""
+    length = config.length or mean_length(batches) or 1
+    inputs = example_inputs(model, config.batch, round(length))
+
+    def rest() -> None:
+        with ExitStack() as stack:
+            for block in blocks:
+                stack.enter_context(skipped(model.get_submodule(block)))
+            model(**inputs)
+
+    with as_timed(model):
+        timings = compare({"model": lambda: model(**inputs), "rest": rest}, device=device_of(model)).timings
+    whole, fixed = (round(1e9 * timings[name].median) for name in ("model", "rest"))
+    return max(whole - fixed, len(blocks)), fixed
+
+
+@torch.no_grad()
+def _silence_(model: nn.Module, block: str, batch: Batch, snapshot: Snapshot) -> bool:
+    """Write zeros into what a block adds to the residual stream; return whether it passes on its input then.
+
+    If it does not, as where norms come after the sums, it is left as it was.
+    """
+    try:
+        readers = [width.name for width in find_widths(model) if width.name.startswith(f"{block}.")]
+    except Unsupported:
+        return False
+    own = {name: list(model.get_submodule(name).parameters(recurse=False)) for name in readers}
+    before = {name: [each.detach().clone() for each in parameters] for name, parameters in own.items()}
+    for name, parameters in own.items():
+        snapshot.remember(name)
+        for parameter in parameters:
+            parameter.zero_()
+    states: list[Tensor] = []
+    with as_in_inference(model), ExitStack() as hooks:
+        module = model.get_submodule(block)
+        note_input = module.register_forward_pre_hook(
+            lambda module, args, kwargs: states.append(first_tensor((args, kwargs))), with_kwargs=True
+        )
+        hooks.callback(note_input.remove)
+        hooks.callback(module.register_forward_hook(lambda m, args, output: states.append(first_tensor(output))).remove)
+        run(model, batch)
+    passes_on = torch.equal(states[0], states[1])
+    if not passes_on:
+        for name, parameters in own.items():
+            for parameter, old in zip(parameters, before[name], strict=True):
+                parameter.copy_(old)
+    return passes_on
+
+
+class _Solver:
+    """The budget of a config, for `Job`."""
+
+    def __init__(self, model: nn.Module, config: WidthMethod, widths: list[Width], batches: list[Batch]) -> None:
+        self.budget = Budget.parse(config.budget)
+        self.legal = legal_widths(
+            model,
+            widths,
+            round_to=config.round_to,
+            tensor_parallel=config.tensor_parallel,
+            uniform=config.uniform,
+            min_units={"heads": config.min_heads, "channels": config.min_channels},
+            whole=[width.name for width in widths if width.kind not in config.kinds],
+        )
+        self.least = {name: numbers[0] for name, numbers in self.legal.numbers.items()}
+        self.remarks = list(self.legal.remarks)
+        self.costs = self._costs(model, config, batches)
+
+    def _costs(self, model: nn.Module, config: WidthMethod, batches: list[Batch]) -> Costs:
+        """Return what the widths cost, in the measure of the budget."""
+        if self.budget.measure == "params":
+            return count_params(model, self.legal.widths)
+        length = config.length or mean_length(batches)
+        if length is None:
+            raise ValueError(
+                f"{self.budget} is about sequences of some length: pass length=, in tokens, to the method's config"
+            )
+        if self.budget.measure == "flops":
+            return count_flops(model, self.legal.widths, length)
+        table = measure_latency(model, self.legal, batch_size=config.batch, length=round(length))
+        self.remarks += table.notes
+        return table.costs()
+
+    def choose(self, values: Mapping[str, Tensor], *, eased: bool = False) -> dict[str, int]:
+        costs, budget = self.costs, self.budget
+        if eased:
+            share = max(budget.limits(costs)[1], 0) / costs.dense
+            costs, budget = Costs("params", costs.curves), Budget("params", min(share**0.5, 1.0), True, tolerance=1.0)
+        return allocate(values, costs, budget, self.legal).num_kept
+
+    def evenly(self) -> dict[str, int]:
+        return self.choose(even_values(self.costs))
+
+    def above_threshold(self, scores: Mapping[str, Tensor]) -> dict[str, int]:
+        most = self.budget.limits(self.costs)[1]
+        marks = torch.cat([each.double() for each in scores.values()]).unique()  # ascending
+        low, high = 0, len(marks)
+        while low < high:
+            middle = (low + high) // 2
+            if self.costs.of(self._above(scores, float(marks[middle]))) <= most:
+                high = middle
+            else:
+                low = middle + 1
+        counts = self._above(scores, float(marks[low]) if low < len(marks) else float("inf"))
+        if self.costs.of(counts) > most:
+            return self.evenly()  # which says what can be reached
+        return counts
+
+    def _above(self, scores: Mapping[str, Tensor], threshold: float) -> dict[str, int]:
+        """Return the legal numbers of units, not more than those with a score of `threshold` at least."""
+        counts: dict[str, int] = {}
+        for names in self.legal.groups:
+            numbers = self.legal.numbers[names[0]]
+            if len(numbers) == 1 or names[0] not in scores:
+                counts |= dict.fromkeys(names, numbers[-1])
+                continue
+            above = sum(int((scores[name] >= threshold).sum()) for name in names) // len(names)
+            counts |= dict.fromkeys(names, max((n for n in numbers if n <= above), default=numbers[0]))
+        return counts
+
+    def notes(self, counts: Mapping[str, int]) -> list[str]:
+        """Return what a reader of the report must know about the numbers."""
+        at_least: dict[str, int] = defaultdict(int)
+        for width in self.legal.widths:
+            if counts[width.name] == self.least[width.name] < width.num_units:
+                at_least[width.kind] += 1
+        cost = self.costs.of(counts)
+        notes = [f"{cost / max(self.costs.dense, 1):.1%} of the {self.costs.measure} of the blocks are left"]
+        notes += [f"{num} layers were left the least that was asked for, of {kind}" for kind, num in at_least.items()]
+        return notes + self.remarks
+
+
+class _Readers:
+    """The second pass: takes each reader to what the method decides."""
+
+    def __init__(self, job: Job, config: WidthMethod, counts: dict[str, int], snapshot: Snapshot, plan: Plan) -> None:
+        self.job, self.config, self.counts, self.snapshot, self.plan = job, config, counts, snapshot, plan
+        self.teacher_counts = config.teacher(job)
+
+    @torch.no_grad()
+    def prune_(self) -> None:
+        kind = self.config.second_pass
+        if kind is None:
+            for width in self.job.widths:
+                self._decide_(width, None)
+            return
+        layers = {width.name: self.job.model.get_submodule(width.name) for width in self.job.widths}
+        with ExitStack() as stack:
+            student = stack.enter_context(Walk(self.job.model, layers, self.job.batches))
+            teacher = None if kind is InputSums else stack.enter_context(Walk(self.job.model, layers, self.job.batches))
+            for step in student.steps:
+                self.job.bar.advance(0, f"{self.config.name} {step}")
+                self._visit_(step, student, teacher)
+
+    def _visit_(self, step: Step, student: Walk, teacher: Walk | None) -> None:
+        widths = [width for width in self.job.widths if width.name in step.layers]
+        if widths and not step.block:
+            raise Unsupported(
+                f"{widths[0].name} is in a block that runs {student.calls[widths[0].name]} times in one forward, so it "
+                "has no inputs of its own: method='magnitude_sp' prunes it without data"
+            )
+        targets: dict[str, list[Tensor]] = {}
+        if teacher is not None and step.block:
+            teacher.weights = self._teacher_weights(step, teacher)
+            watcher = Watcher(teacher, step, [width.name for width in widths])
+            outputs = []
+            for index in range(len(self.job.batches)):
+                output, seen = watcher.look(index)
+                outputs.append(output)
+                for name, each in seen.items():
+                    targets.setdefault(name, []).append(each.sums)
+            teacher.finish(step, outputs)
+        watcher = Watcher(student, step, [width.name for width in widths])
+        for width in widths:
+            self._decide_(width, self._see(watcher, width, targets.pop(width.name, None)))
+            self.job.bar.advance()
+        student.finish(step)
+
+    def _see(self, watcher: Watcher, width: Width, targets: list[Tensor] | None) -> InputSums | Moments | None:
+        """Return what the method wants to know about a reader."""
+        if targets is not None and self.job.failure:
+            return None
+        found: InputSums | Moments | None = None
+        for index, batch in enumerate(self.job.batches):
+            seen = watcher.look(index, [width.name])[1][width.name]
+            tokens = Tokens.of(batch, width.name in self.job.first_only)
+            a_MK = tokens.pick(seen.inputs)
+            if targets is None:
+                found = found or InputSums(a_MK.shape[-1], a_MK.device)
+                assert isinstance(found, InputSums)
+                found.add(a_MK)
+            else:
+                t = targets[index].float() - (seen.sums.float() - seen.outputs.float())
+                found = found or Moments(a_MK.shape[-1], t.shape[-1], a_MK.device)
+                assert isinstance(found, Moments)
+                found.add(a_MK, tokens.pick(t))
+        if isinstance(found, InputSums):
+            check_inputs(width.name, found)
+        elif found is not None and not found.is_finite():
+            raise NonFiniteError(
+                f"the inputs of {width.name} hold NaN or infinity on the calibration data: check the model's weights, "
+                "and that its dtype can hold its activations (bfloat16 where float16 overflows)"
+            )
+        return found
+
+    def _teacher_weights(self, step: Step, teacher: Walk) -> dict[str, Tensor]:
+        """Return the weights with which the model is the teacher, where they are not its own."""
+        originals = {} if teacher.replays else self.snapshot.originals()
+        found = {name: tensor.to(self.job.model.get_parameter(name)) for name, tensor in originals.items()}
+        for width in self.job.widths if self.teacher_counts is not None else ():
+            if teacher.replays and width.name not in step.layers:
+                continue
+            assert self.teacher_counts is not None
+            reader, name = self.job.reader(width), f"{width.name}.weight"
+            kept = best_units(self.job.scores[width.name], self.teacher_counts[width.name])
+            stored = found.get(name, reader.layer.get_parameter("weight").detach())
+            w_NK = only_columns(stored.T if is_conv1d(reader.layer) else stored, reader.columns_of(kept))
+            found[name] = w_NK.T if is_conv1d(reader.layer) else w_NK
+        return found
+
+    def _decide_(self, width: Width, seen: InputSums | Moments | None) -> None:
+        """Ask the method, and write down what it says, in the model and in the plan."""
+        reader, num = self.job.reader(width), self.counts[width.name]
+        if num == width.num_units and not self.config.updates_weights:
+            return
+        decided = self.config.decide(self.job, reader, num, seen)
+        if num < width.num_units:
+            self.plan.cuts[width.name] = Cut(decided.kept, width.num_units, width.kind)
+        w_NK = decided.reader.weight.to(reader.layer.get_parameter("weight").dtype)
+        if not bool(w_NK.isfinite().all()):
+            raise NonFiniteError(
+                f"the pruned weight of {width.name} does not fit {w_NK.dtype}: prune the model in bfloat16"
+            )
+        self.snapshot.remember(width.name)
+        set_weight_NK_(reader.layer, w_NK)
+        if decided.reader.bias is not None:
+            reader.layer.get_parameter("bias").copy_(decided.reader.bias)
+
+
+def _targeted(widths: list[Width], layers: Mapping[str, nn.Module]) -> list[Width]:
+    """Return the widths all of whose layers are among these."""
+    found = [width for width in widths if {width.name, *(rows.name for rows in width.producers)} <= layers.keys()]
+    if not found:
+        raise ValueError(
+            f"targets and ignore leave no width whole: {widths[0].name} goes with "
+            f"{', '.join(sorted({rows.name for rows in widths[0].producers}))}; name them all, or none"
+        )
+    for name in {name for width in found for name in (width.name, *(rows.name for rows in width.producers))}:
+        if not bool(weight_NK(layers[name]).isfinite().all()):
+            raise NonFiniteError(f"the weight of {name} holds NaN or infinity: load a sound checkpoint first")
+    return found
