@@ -21,7 +21,7 @@ from torch import nn
 from sparsekit.archs import Width, find_blocks
 from sparsekit.benchmarking.forward import ROUNDS, as_timed, example_inputs, time_forward
 from sparsekit.benchmarking.machine import device_of
-from sparsekit.benchmarking.timing import NOISY, Call, compare, noise_notes
+from sparsekit.benchmarking.timing import Call, compare, noise_notes
 from sparsekit.budgets import Costs
 from sparsekit.errors import SparsekitError
 from sparsekit.plan import Cut
@@ -98,7 +98,7 @@ def measure_latency(
 
     Args:
         model: dense; it is left as it was.
-        legal: what each width may keep; only such numbers are measured.
+        legal: what each width may keep; such numbers are measured, and those of now.
         batch_size: sequences, or images, in one forward.
         length: tokens of each; for a decoder, of the prompt.
         inputs: keyword arguments of `forward`, where the model reads neither tokens nor images.
@@ -121,10 +121,10 @@ def measure_latency(
             for place, number in shape.points(num_points):
                 calls[index, place, number] = shape.sliced(model, place, number)
         timings = compare(calls, rounds=ROUNDS, max_seconds=max_seconds, device=device_of(model))
-    disturbed = timings.noise > NOISY
-    notes = noise_notes([timings.noise]) + ["the latency table is made of the best times instead"] * disturbed
-    milliseconds = {key: 1e3 * (timing.min if disturbed else timing.median) for key, timing in timings.timings.items()}
-    return _table(shapes, milliseconds, batch_size, length, tuple(notes))
+    # Medians also where other work disturbs: of short calls the best times are undisturbed ones, of long calls none is.
+    milliseconds = {key: 1e3 * timing.median for key, timing in timings.timings.items()}
+    notes = tuple(noise_notes([timings.noise]))
+    return _table(shapes, milliseconds, batch_size, length, notes)
 
 
 def check_prediction(
