@@ -137,14 +137,19 @@ def _cuts_that_are_not_made(model: nn.Module, plan: Plan) -> list[str]:
         heads = {}
     found = []
     for name, cut in plan.cuts.items():
-        module, wanted = modules.get(name), len(cut.kept)
-        size = None if module is None else linear_size(module)
-        if module is None or (size is None) != (cut.kind == "layers"):
+        if (module := modules.get(name)) is None:
             found.append(f"the plan cuts {name}, which the model does not have")
             continue
-        now = len(list(module.children())) if size is None else size[1] if cut.kind == "channels" else heads.get(name)
-        if now not in (None, wanted):
-            found.append(f"{name} has {now} {cut.kind}, the plan leaves {wanted}: call sparsekit.apply_(model, plan)")
+        size = linear_size(module)
+        now = {
+            "layers": len(list(module.children())),
+            "hidden": getattr(module, "embedding_dim", 0),
+            "channels": size[1] if size else 0,
+            "heads": heads.get(name, len(cut.kept)),
+        }[cut.kind]
+        if now != len(cut.kept):
+            left = len(cut.kept)
+            found.append(f"{name} has {now} {cut.kind}, the plan leaves {left}: call sparsekit.apply_(model, plan)")
     return found
 
 

@@ -141,7 +141,7 @@ class InputOrder:
     __hash__ = None  # type: ignore[assignment]
 
 
-CUT_KINDS = ("heads", "channels", "layers")
+CUT_KINDS = ("heads", "channels", "hidden", "layers")
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +151,8 @@ class Cut:
     Attributes:
         kept: int64 [n], ascending; at least one.
         num: how many units there were.
-        kind: "heads" (under grouped queries a key-value head with all its queries), "channels" or "layers".
+        kind: "heads" (under grouped queries a key-value head with all its queries), "channels", "layers", or "hidden",
+            the dimensions of the residual stream.
     Raises:
         ValueError: the kind is unknown, or `kept` is no such list: a part of which nothing is left cannot be had.
     """
@@ -204,7 +205,8 @@ class Plan:
             for `pack_`, which then gives exactly the weights that the method left. Empty where nothing was rounded.
         notes: what a reader of the report must know: layers that fell back, were padded, or were left dense.
         cuts: what is left of a model's parts. The key of heads and channels is the layer that reads them (`name` of
-            `sparsekit.archs.Width`), that of layers their list, as "model.layers".
+            `sparsekit.archs.Width`), that of layers their list, as "model.layers", that of hidden dimensions the input
+            embedding.
         perms: module name -> order of its input features, which masks and scales refer to.
         side: module name -> low-rank branch beside its sparse weight; each module has a mask, too.
     """

@@ -1,11 +1,10 @@
-"""Cuts made true: layers, heads and channels leave the model, and its config says what is left.
+"""Cuts made true: layers, heads, channels and hidden dimensions leave the model, and its config says what is left.
 
 Rows of the layers that make a unit and columns of the one that reads it go together, so the smaller model computes what
 the larger one does with those columns zero. What else counts on the sizes goes along: attributes of the attentions, the
 places of layers in the cache, and the config, as far as it can say it. See `sparsekit.hf.stock` for how that is known.
 """
 
-import copy
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -16,10 +15,11 @@ from torch import Tensor, nn
 from sparsekit.archs import Width, find_widths
 from sparsekit.errors import Unsupported
 from sparsekit.hf.describe import describe_widths_, outermost_pretrained
-from sparsekit.hf.stock import sizes_beside, stock_model
+from sparsekit.hf.stock import changed, config_of, names_in, sizes_beside, stock_model
 from sparsekit.nn import SIZES, SideLinear, SparseLinear
 from sparsekit.plan import Cut
 from sparsekit.registry import unknown
+from sparsekit.residual import thin_
 from sparsekit.snapshot import Snapshot
 from sparsekit.targets import is_conv1d, weight_NK
 
@@ -41,21 +41,25 @@ _CONFIG_OF_EACH_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "at
 
 
 def cut_(model: nn.Module, cuts: Mapping[str, Cut], snapshot: Snapshot) -> list[str]:
-    """Cut layers, then heads and channels; what has the size that a cut leaves is left as it is.
+    """Cut layers, hidden dimensions, and then heads and channels; what has the size that a cut leaves is left as it is.
 
     Args:
         model: dense where it is cut.
         cuts: those of a plan.
         snapshot: of the model; it takes everything back if the caller fails.
     Returns:
-        The readers that had other weights than zero for what went: on the model that a method made the plan of, none.
+        Layers that had other weights than zero for what went: on the model that a method made the plan of, none.
     Raises:
         ValueError: a cut is of a part that the model lacks, or that has another size.
         Unsupported: the model's family, or the class of a layer, cannot be cut there.
     """
-    changed = [_drop_(model, name, cut, snapshot) for name, cut in cuts.items() if cut.kind == "layers"]
+    done = [_drop_(model, name, cut, snapshot) for name, cut in cuts.items() if cut.kind == "layers"]
     alive = []
-    wanted = {name: cut for name, cut in cuts.items() if cut.kind != "layers"}
+    for name, cut in cuts.items():
+        if cut.kind == "hidden" and (writer := thin_(model, name, cut, snapshot)) is not None:
+            done.append(True)
+            alive += [writer] if writer else []
+    wanted = {name: cut for name, cut in cuts.items() if cut.kind in ("heads", "channels")}
     if wanted:
         _refuse_uncuttable(model, wanted)
         widths = {width.name: width for width in find_widths(model)}
@@ -69,8 +73,8 @@ def cut_(model: nn.Module, cuts: Mapping[str, Cut], snapshot: Snapshot) -> list[
             if _reads(model, widths[name], cut.removed):
                 alive.append(name)
             _slice_(model, widths[name], cut, snapshot)
-            changed.append(True)
-    if any(changed):
+            done.append(True)
+    if any(done):
         for prefix, owner in outermost_pretrained(model).items():
             _describe_(model, prefix, owner, snapshot)
     return alive
@@ -216,7 +220,7 @@ def _say_layers_(
 ) -> None:
     """Let the config say how many layers there are, and of what type each is."""
     inside = name.removeprefix(f"{prefix}.") if prefix else name
-    config = _config_of(model, name)
+    config = config_of(model, name)
     blocks = model.get_submodule(name)
     lists = {
         attribute: [value[index] for index in cut.kept.tolist()]
@@ -224,12 +228,12 @@ def _say_layers_(
         if isinstance(value := vars(config).get(attribute), list | tuple) and len(value) == cut.num
     }
     reason = "it has no number of layers that is the list's"
-    for attribute in _names_in(config, _CONFIG_LAYERS):
+    for attribute in names_in(config, _CONFIG_LAYERS):
         if getattr(config, attribute) != cut.num:
             continue
         changes = {attribute: len(cut.kept), **lists}
         try:
-            stock = stock_model(owner, _changed(owner.config, config, changes))
+            stock = stock_model(owner, changed(owner.config, config, changes))
         except Unsupported as error:
             reason = str(error)
             continue
@@ -267,7 +271,7 @@ def _describe_(model: nn.Module, prefix: str, owner: Any, snapshot: Snapshot) ->
         if not left[0]:
             break
         try:
-            now = sizes_beside(owner, stock_model(owner, _changed(owner.config, config, changes)))
+            now = sizes_beside(owner, stock_model(owner, changed(owner.config, config, changes)))
         except Unsupported:  # the class has no model of these sizes: the mark says them
             continue
         if now[0].keys() < left[0].keys():
@@ -280,20 +284,20 @@ def _describe_(model: nn.Module, prefix: str, owner: Any, snapshot: Snapshot) ->
 
 def _ways_to_say(model: nn.Module, widths: list[Width]) -> Iterator[tuple[Any, dict[str, Any]]]:
     """Yield configs and what to set there, for widths that are everywhere the same."""
-    configs = {id(config): config for width in widths if (config := _config_of(model, width.name)) is not None}
+    configs = {id(config): config for width in widths if (config := config_of(model, width.name)) is not None}
     for config in configs.values():
-        own = [width for width in widths if _config_of(model, width.name) is config]
+        own = [width for width in widths if config_of(model, width.name) is config]
         for kind in ("channels", "heads"):
             alike = {(w.num_units, w.columns, w.producers[-1].per_unit) for w in own if w.kind == kind}
             if len(alike) != 1:
                 continue
             num_units, columns, head = alike.pop()
             if kind == "channels":
-                for attribute in _names_in(config, _CONFIG_CHANNELS):
+                for attribute in names_in(config, _CONFIG_CHANNELS):
                     yield config, {attribute: num_units}
             else:
-                (heads,) = _names_in(config, ("num_attention_heads",)) or ("num_attention_heads",)
-                keys = {key: num_units for key in _names_in(config, ("num_key_value_heads",))}
+                (heads,) = names_in(config, ("num_attention_heads",)) or ("num_attention_heads",)
+                keys = {key: num_units for key in names_in(config, ("num_key_value_heads",))}
                 yield config, {heads: num_units * columns // head, **keys, "head_dim": head}
 
 
@@ -302,33 +306,6 @@ def _widths(model: nn.Module) -> list[Width]:
         return find_widths(model)
     except Unsupported:  # layers alone can be cut where no width is known
         return []
-
-
-def _config_of(model: nn.Module, name: str) -> Any:
-    """Return the config of the module that is nearest around `name`."""
-    found = getattr(model, "config", None)
-    for segment in name.split("."):
-        model = model.get_submodule(segment)
-        found = getattr(model, "config", None) or found
-    return found
-
-
-def _names_in(config: Any, names: tuple[str, ...]) -> list[str]:
-    """Return those of the names that a config has, as it stores them."""
-    aliases: dict[str, str] = getattr(type(config), "attribute_map", {})
-    stored = [aliases.get(name, name) for name in names]
-    return [name for name in dict.fromkeys(stored) if name in vars(config)]
-
-
-def _changed(whole: Any, part: Any, changes: Mapping[str, Any]) -> Any:
-    """Return a copy of a config with changes in that part of it which `part` is."""
-    copies: dict[int, Any] = {}
-    copied = copy.deepcopy(whole, copies)
-    if id(part) not in copies:
-        raise Unsupported("the config of the layers is no part of the model's")
-    for key, value in changes.items():
-        setattr(copies[id(part)], key, value)
-    return copied
 
 
 def _common(names: list[str]) -> str:

@@ -26,6 +26,7 @@ class Snapshot:
         self._packed_before, self._branched_before = set(sparse_layers(model)), set(side_layers(model))
         self._parameters: dict[str, dict[str, Tensor]] = {}
         self._undo: list[Callable[[], None]] = []
+        self._held: list[nn.Parameter] = []
 
     def remember(self, name: str) -> None:
         """Keep the weight and bias of the layer `name` as they are now; the first call for a layer counts."""
@@ -34,7 +35,7 @@ class Snapshot:
             self._parameters[name] = {key: parameter.detach().to("cpu", copy=True) for key, parameter in own}
 
     def set_parameters_(self, name: str, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
-        """Give the dense linear layer `name` other parameters, of any sizes.
+        """Give the dense layer `name` another weight and bias, of any sizes.
 
         The old ones are freed unless somebody else holds them; then they are the ones that come back.
         """
@@ -56,10 +57,14 @@ class Snapshot:
             # By name: the layer may have been packed, and be another module by now.
             restored = put_back("weight")
             assert restored is not None
-            set_parameters_(self.model.get_submodule(name), restored, put_back("bias"))
+            set_parameters_(self.model.get_submodule(name), restored, put_back("bias") if "bias" in old else None)
 
         set_parameters_(layer, weight, bias)
         self._undo.append(undo)
+
+    def hold(self, parameter: nn.Parameter) -> None:
+        """Let a parameter live, though nobody else may hold it: one that stands in several places is then one again."""
+        self._held.append(parameter)
 
     def keep_(self, owner: Any, attribute: str) -> None:
         """Keep an attribute of a module or a config as it is now, or its absence."""

@@ -116,11 +116,11 @@ def _layer(model: nn.Module, name: str, shape: tuple[int, int]) -> nn.Module:
     return layer
 
 
-def _warn_without_refit(reader: str, plan: Plan) -> None:
+def _warn_without_refit(name: str, plan: Plan) -> None:
     warnings.warn(
-        f"{reader} still reads what the plan cuts. Unless you trained it after prune_, the model lacks the refit that "
-        f"{plan.made_by.method} made of what is left, and will be worse: apply the plan to the model that prune_ ran "
-        "on, or to one loaded from a save of it",
+        f"{name} still reads or writes what the plan cuts. Unless you trained it after prune_, the model lacks the "
+        f"refit that {plan.made_by.method} made of what is left, and will be worse: apply the plan to the model that "
+        "prune_ ran on, or to one loaded from a save of it",
         stacklevel=3,
     )
 

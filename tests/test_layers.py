@@ -22,7 +22,7 @@ ORDER = [
     {"targets"},
     {"pack"},
     {"archs", "snapshot", "check", "checkpoint"},
-    {"calibration", "slicing", "knapsack", "shapes", "budgets"},
+    {"calibration", "slicing", "residual", "knapsack", "shapes", "budgets"},
     {"surgery"},
     {"methods"},
     {"prune", "prune_structured", "reconstruct", "benchmarking", "evaluate"},
@@ -33,7 +33,11 @@ ORDER = [
     {"__main__"},
 ]
 RANK = {name: rank for rank, row in enumerate(ORDER) for name in row}
-TRAINING = {"archs", "budgets", "calibration", "methods", "prune", "reconstruct", "shapes", "slicing", "surgery"}
+TRAINING = {"archs", "budgets", "calibration", "methods", "prune", "reconstruct", "shapes", "surgery"} | {
+    "prune_structured",
+    "residual",
+    "slicing",
+}
 RUNTIME = {"formats", "ops", "backends", "nn", "hf", "pack", "checkpoint"}
 
 

@@ -4,6 +4,8 @@ A model whose sizes its config can say needs no mark; stock code, and every engi
 after a cut the model is held against an empty one, built of the config on the meta device.
 """
 
+import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,7 +33,8 @@ def stock_model(model: Any, config: Any) -> nn.Module:
             stock: nn.Module = type(model)(type(config).from_dict(described))
     except Exception as error:
         # Configs and models raise what they like at values that do not go together.
-        raise Unsupported(f"{type(model).__name__} cannot be made of its config: {error}") from error
+        reason = " ".join(str(error).split())
+        raise Unsupported(f"{type(model).__name__} cannot be made of its config: {reason}") from error
     return stock
 
 
@@ -41,8 +44,8 @@ def sizes_beside(model: nn.Module, stock: nn.Module) -> tuple[dict[str, list[int
     Returns:
         Layer -> [out_features, in_features], and module -> {attribute: value} of those in `SIZES`, as in `model`.
     Raises:
-        Unsupported: a layer of the one is missing in the other, or a parameter that is no linear layer's has another
-            shape: no list of sizes turns the one into the other.
+        Unsupported: a layer or a bias of the one is missing in the other, or a parameter that is no linear layer's has
+            another shape: no list of sizes turns the one into the other.
     """
     ours, theirs = dict(model.named_modules()), dict(stock.named_modules())
     widths: dict[str, list[int]] = {}
@@ -52,6 +55,8 @@ def sizes_beside(model: nn.Module, stock: nn.Module) -> tuple[dict[str, list[int
         if mine is not None and plain is not None:
             if mine != plain:
                 widths[name] = list(mine)
+            if (getattr(ours[name], "bias", None) is None) != (getattr(theirs[name], "bias", None) is None):
+                raise Unsupported(f"{name} has a bias in the model or in one made of the config, and not in the other")
             continue
         for key, parameter in theirs[name].named_parameters(recurse=False):
             found = ours[name]._parameters.get(key)
@@ -70,3 +75,30 @@ def sizes_beside(model: nn.Module, stock: nn.Module) -> tuple[dict[str, list[int
     if missing := [name for name, module in theirs.items() if name not in ours and linear_size(module) is not None]:
         raise Unsupported(f"a model made of the config has {missing[0]}, which this model has not")
     return dict(sorted(widths.items())), dict(sorted(sizes.items()))
+
+
+def config_of(model: nn.Module, name: str) -> Any:
+    """Return the config of the module that is nearest around `name`."""
+    found = getattr(model, "config", None)
+    for segment in name.split("."):
+        model = model.get_submodule(segment)
+        found = getattr(model, "config", None) or found
+    return found
+
+
+def names_in(config: Any, names: tuple[str, ...]) -> list[str]:
+    """Return those of the names that a config has, as it stores them."""
+    aliases: dict[str, str] = getattr(type(config), "attribute_map", {})
+    stored = [aliases.get(name, name) for name in names]
+    return [name for name in dict.fromkeys(stored) if name in vars(config)]
+
+
+def changed(whole: Any, part: Any, changes: Mapping[str, Any]) -> Any:
+    """Return a copy of a config with changes in that part of it which `part` is."""
+    copies: dict[int, Any] = {}
+    copied = copy.deepcopy(whole, copies)
+    if id(part) not in copies:
+        raise Unsupported("the config of the layers is no part of the model's")
+    for key, value in changes.items():
+        setattr(copies[id(part)], key, value)
+    return copied

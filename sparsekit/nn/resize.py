@@ -27,18 +27,19 @@ def linear_size(layer: nn.Module) -> tuple[int, int] | None:
 
 
 def set_parameters_(layer: Any, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
-    """Give an `nn.Linear` or a `Conv1D` other parameters, of any sizes, and let it say so.
+    """Give a layer another weight and bias, of any sizes; an `nn.Linear` or a `Conv1D` then says so.
 
     Args:
-        layer: a dense linear layer.
+        layer: a dense linear layer, or another with no parameters but these.
         weight: as the layer stores it: [N, K], and [K, N] in a `Conv1D`.
         bias: [N] or None.
     """
     layer.register_parameter("weight", weight)
-    layer.register_parameter("bias", bias)
+    if bias is not None or "bias" in layer._parameters:
+        layer.register_parameter("bias", bias)
     if hasattr(layer, "nf"):
         layer.nx, layer.nf = weight.shape
-    else:
+    elif isinstance(layer, nn.Linear):
         layer.out_features, layer.in_features = weight.shape
 
 

@@ -187,7 +187,7 @@ class TestConfig:
         assert "backend" not in SparsekitConfig(layers=self.LAYERS, backend="reference").to_dict()
 
     def test_refuses_what_a_later_version_wrote(self):
-        with pytest.raises(CheckpointError, match="layout version 3, this sparsekit reads up to 2: upgrade"):
+        with pytest.raises(CheckpointError, match="layout version 4, this sparsekit reads up to 3: upgrade"):
             SparsekitQuantizer(SparsekitConfig(layers=self.LAYERS, layout_version=4))
 
     def test_registered_once(self):
