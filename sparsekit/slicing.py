@@ -140,6 +140,10 @@ def _refuse_uncuttable(model: nn.Module, names: Iterable[str]) -> None:
         if hasattr(layer, "parametrizations"):
             raise Unsupported(f"the weight of {name} is computed from other tensors: remove its parametrization first")
         weight = None if layer is None else layer._parameters.get("weight")
+        if weight is not None and weight.is_meta:
+            raise ValueError(
+                f"the weight of {name} is on the meta device, so it holds no numbers: load the model first"
+            )
         if weight is not None and (owners[id(weight)] > 1 or places[id(layer)] > 1):
             raise Unsupported(f"the weight of {name} is also that of another module: a cut here would be one there")
 

@@ -416,6 +416,7 @@ def miscounted(model):
         (branched, ValueError, "up_proj has a side branch.*merge_side_"),
         (tied, Unsupported, "up_proj is also that of another module"),
         (parametrized, Unsupported, "down_proj is computed from other tensors"),
+        (lambda model: model.to("meta"), ValueError, "down_proj is on the meta device"),
         (miscounted, Unsupported, "model.layers.0.mlp says intermediate_size = 35, and its layers are made for 36"),
     ],
 )
