@@ -20,7 +20,23 @@ from sparsekit.errors import CheckpointError, NonFiniteError, PatternError, Spar
 from sparsekit.evaluate import perplexity
 from sparsekit.hf.register import register as _register_with_transformers
 from sparsekit.masks import Mask
-from sparsekit.methods import ALPS, AWQ, METHODS, RIA, Magnitude, SparseGPT, Wanda
+from sparsekit.methods import (
+    ALPS,
+    AWQ,
+    FLAP,
+    KCM,
+    METHODS,
+    RIA,
+    Contribution,
+    Depth,
+    Fisher,
+    Magnitude,
+    MagnitudeSP,
+    SliceGPT,
+    SparseGPT,
+    Wanda,
+    WandaSP,
+)
 from sparsekit.nn import SideLinear, SparseLinear
 from sparsekit.nn.side import merge_side_
 from sparsekit.pack import pack_, unpack_
@@ -66,7 +82,13 @@ __all__ = [
     "RIA",
     "Block",
     "CheckpointError",
+    "Contribution",
+    "Depth",
+    "FLAP",
+    "Fisher",
+    "KCM",
     "Magnitude",
+    "MagnitudeSP",
     "Mask",
     "NonFiniteError",
     "Pattern",
@@ -75,12 +97,14 @@ __all__ = [
     "Report",
     "SideBranch",
     "SideLinear",
+    "SliceGPT",
     "SparseGPT",
     "SparseLinear",
     "SparsekitError",
     "Unstructured",
     "Unsupported",
     "Wanda",
+    "WandaSP",
     "__version__",
     "apply_",
     "benchmark",

@@ -37,12 +37,27 @@ from sparsekit.methods.structured.inputs import InputSums, check_inputs, mean_le
 from sparsekit.methods.structured.labels import labelled_batches
 from sparsekit.methods.structured.moments import Moments
 from sparsekit.methods.structured.recover import only_columns
+from sparsekit.methods.structured.slicegpt import (
+    SliceGPT,
+    Stream,
+    deaden_,
+    hidden_size_for,
+    principal_directions,
+    rotate_,
+)
 from sparsekit.methods.structured.watch import Tokens, Watcher, first_only_readers, first_tensor
 from sparsekit.plan import Cut, Plan
 from sparsekit.progress import Progress, progress_bar
+from sparsekit.residual import check_thin
 from sparsekit.shapes import legal_widths
 from sparsekit.snapshot import Snapshot, restored_on_failure
 from sparsekit.targets import Entry, find_targets, is_conv1d, is_linear, set_weight_NK_, weight_NK
+
+_LENGTH = 128
+"""Tokens of a sequence, for budgets in FLOPs or time, where neither the config nor the data say how many."""
+
+_MOST_OF_ROUNDING = 0.1
+"""By which answers may change, relatively, where they should not; bfloat16 makes a few hundredths."""
 
 
 def shrink_(
@@ -98,6 +113,9 @@ def shrink_(
         elif isinstance(config, Depth):
             with progress_bar(config.name, 1, progress) as bar:
                 _shorten_(model, config, plan, batches, snapshot, bar)
+        elif isinstance(config, SliceGPT):
+            with progress_bar(config.name, 1, progress) as bar:
+                _thin_(model, config, plan, batches, snapshot, bar)
 
 
 def _narrow_(
@@ -123,6 +141,35 @@ def _narrow_(
     counts = config.count(job)
     plan.notes += solver.notes(counts)
     _Readers(job, config, counts, snapshot, plan).prune_()
+
+
+def _thin_(
+    model: nn.Module, config: SliceGPT, plan: Plan, batches: list[Batch], snapshot: Snapshot, bar: Progress
+) -> None:
+    """Turn the residual stream, and take out the hidden dimensions that then carry least."""
+    stream = Stream.of(model)
+    size = model.get_submodule(stream.embedding).get_parameter("weight").shape[1]
+    num_kept = hidden_size_for(model, config, stream, batches)
+    was_tied = model.get_submodule(stream.head).weight is model.get_submodule(stream.embedding).weight
+    if num_kept == size:
+        return
+    check_thin(model, stream.embedding, num_kept)
+    bar.advance(0, "principal directions")
+    Q = principal_directions(model, stream, batches)
+    with as_in_inference(model):
+        before = first_tensor(run(model, batches[0])).float()
+        rotate_(model, stream, Q, snapshot)
+        error = float((first_tensor(run(model, batches[0])).float() - before).norm() / before.norm().clamp_min(1e-20))
+    if not error <= _MOST_OF_ROUNDING:
+        raise Unsupported(
+            f"the answers of {type(model).__name__} changed by {error:.0%} when its residual stream was turned, so it "
+            "computes something else than its names suggest: method='slicegpt' cannot prune it"
+        )
+    deaden_(model, stream, num_kept)
+    plan.cuts[stream.embedding] = Cut(torch.arange(num_kept), size, "hidden")
+    plan.notes.append(f"{num_kept} of {size} hidden dimensions are left")
+    if was_tied:
+        plan.notes.append(f"{stream.head} no longer shares its weight with {stream.embedding}, which costs parameters")
 
 
 def _shorten_(
@@ -162,8 +209,7 @@ def _num_blocks(model: nn.Module, config: Depth, blocks: list[str], batches: lis
     sizes = [sum(parameter.numel() for parameter in model.get_submodule(block).parameters()) for block in blocks]
     total, fixed = sum(sizes), sum(parameter.numel() for parameter in model.parameters()) - sum(sizes)
     if budget.measure == "flops":
-        if (length := config.length or mean_length(batches)) is None:
-            raise ValueError(f"{budget} is about sequences of some length: pass Depth(length=...), in tokens")
+        length = config.length or mean_length(batches) or _LENGTH
         total, fixed = count_flops(model, find_widths(model), length).dense, 0
     elif budget.measure == "ns":
         total, fixed = _time_of_blocks(model, config, blocks, batches)
@@ -176,7 +222,7 @@ def _num_blocks(model: nn.Module, config: Depth, blocks: list[str], batches: lis
 
 def _time_of_blocks(model: nn.Module, config: Depth, blocks: list[str], batches: list[Batch]) -> tuple[int, int]:
     """Return the nanoseconds of a model's blocks, and those of the rest."""
-    length = config.length or mean_length(batches) or 1
+    length = config.length or mean_length(batches) or _LENGTH
     inputs = example_inputs(model, config.batch, round(length))
 
     def rest() -> None:
@@ -246,11 +292,7 @@ class _Solver:
         """Return what the widths cost, in the measure of the budget."""
         if self.budget.measure == "params":
             return count_params(model, self.legal.widths)
-        length = config.length or mean_length(batches)
-        if length is None:
-            raise ValueError(
-                f"{self.budget} is about sequences of some length: pass length=, in tokens, to the method's config"
-            )
+        length = config.length or mean_length(batches) or _LENGTH
         if self.budget.measure == "flops":
             return count_flops(model, self.legal.widths, length)
         table = measure_latency(model, self.legal, batch_size=config.batch, length=round(length))
@@ -335,18 +377,19 @@ class _Readers:
                 f"{widths[0].name} is in a block that runs {student.calls[widths[0].name]} times in one forward, so it "
                 "has no inputs of its own: method='magnitude_sp' prunes it without data"
             )
+        names = [width.name for width in widths]
         targets: dict[str, list[Tensor]] = {}
         if teacher is not None and step.block:
             teacher.weights = self._teacher_weights(step, teacher)
-            watcher = Watcher(teacher, step, [width.name for width in widths])
+            watcher = Watcher(teacher, step, names, self.job.joins)
             outputs = []
             for index in range(len(self.job.batches)):
-                output, seen = watcher.look(index)
+                output, seen = watcher.look(index, names)
                 outputs.append(output)
                 for name, each in seen.items():
                     targets.setdefault(name, []).append(each.sums)
             teacher.finish(step, outputs)
-        watcher = Watcher(student, step, [width.name for width in widths])
+        watcher = Watcher(student, step, names, self.job.joins)
         for width in widths:
             self._decide_(width, self._see(watcher, width, targets.pop(width.name, None)))
             self.job.bar.advance()
@@ -358,7 +401,7 @@ class _Readers:
             return None
         found: InputSums | Moments | None = None
         for index, batch in enumerate(self.job.batches):
-            seen = watcher.look(index, [width.name])[1][width.name]
+            seen = watcher.glance(index, width.name)
             tokens = Tokens.of(batch, width.name in self.job.first_only)
             a_MK = tokens.pick(seen.inputs)
             if targets is None:
@@ -370,13 +413,9 @@ class _Readers:
                 found = found or Moments(a_MK.shape[-1], t.shape[-1], a_MK.device)
                 assert isinstance(found, Moments)
                 found.add(a_MK, tokens.pick(t))
-        if isinstance(found, InputSums):
-            check_inputs(width.name, found)
-        elif found is not None and not found.is_finite():
-            raise NonFiniteError(
-                f"the inputs of {width.name} hold NaN or infinity on the calibration data: check the model's weights, "
-                "and that its dtype can hold its activations (bfloat16 where float16 overflows)"
-            )
+        if found is not None:
+            num_tokens = found.num_tokens if isinstance(found, InputSums) else found.weight
+            check_inputs(width.name, num_tokens, found.is_finite())
         return found
 
     def _teacher_weights(self, step: Step, teacher: Walk) -> dict[str, Tensor]:

@@ -61,7 +61,7 @@ def thin_(model: nn.Module, name: str, cut: Cut, snapshot: Snapshot) -> str | No
         return None
     if d != cut.num:
         raise ValueError(f"the plan leaves {left} of {cut.num} hidden dimensions, and {name} has {d} in this model")
-    prefix, owner = _owner(model, name)
+    prefix, owner = owner_of_stream(model, name)
     before, after, changes, config = _stocks(model, name, owner, d, left)
     _refuse(owner, before, after, d, left)
     kept, removed = cut.kept.cpu(), cut.removed
@@ -98,7 +98,21 @@ def thin_(model: nn.Module, name: str, cut: Cut, snapshot: Snapshot) -> str | No
     return writer
 
 
-def _owner(model: nn.Module, name: str) -> tuple[str, Any]:
+def check_thin(model: nn.Module, name: str, left: int) -> None:
+    """Raise Unsupported where the hidden dimensions of a model, whose input embedding has this name, cannot be cut to
+    so many."""
+    _, owner = owner_of_stream(model, name)
+    d = model.get_submodule(name).get_parameter("weight").shape[1]
+    before, after, _, _ = _stocks(model, name, owner, d, left)
+    _refuse(owner, before, after, d, left)
+
+
+def owner_of_stream(model: nn.Module, name: str) -> tuple[str, Any]:
+    """Return the transformers model whose input embedding has this name, and the prefix of its modules.
+
+    Raises:
+        Unsupported: there is none, or hidden dimensions cannot be cut in its family.
+    """
     for prefix, owner in outermost_pretrained(model).items():
         if f"{name}.".startswith(f"{prefix}." if prefix else ""):
             classes = {type(module).__name__ for module in owner.modules()}

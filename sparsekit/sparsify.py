@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,14 +14,15 @@ from sparsekit.check import check
 from sparsekit.errors import SparsekitError
 from sparsekit.formats import FORMATS, WeightSpec
 from sparsekit.formats.block import MOST_OF_DENSE, share_of_dense
-from sparsekit.methods import METHODS, TRAINED, OneShot, SparseGPT, Trained, is_trained, method_config
+from sparsekit.methods import TRAINED, OneShot, SparseGPT, StructuredMethod, Trained, is_trained, method_config
 from sparsekit.methods.grid import is_quantised
 from sparsekit.nn import unwrapped
 from sparsekit.pack import pack_
-from sparsekit.patterns import NM, Block, Pattern, parse_pattern
+from sparsekit.patterns import NM, Block, Depth, Pattern, Structured, parse_pattern
+from sparsekit.plan import Cut, Plan
 from sparsekit.prune import prune_
 from sparsekit.reconstruct import reconstruct_
-from sparsekit.snapshot import restored_on_failure
+from sparsekit.snapshot import Snapshot, restored_on_failure
 from sparsekit.surgery import apply_
 from sparsekit.targets import find_targets, weight_NK
 
@@ -30,7 +31,7 @@ DEFAULT_PATTERN = NM(2, 4)
 
 def sparsify(
     model: nn.Module,
-    pattern: str | Pattern = "2:4",
+    pattern: str | Pattern | Sequence[str | Pattern] = "2:4",
     *,
     method: Any = None,
     dataset: Any = None,
@@ -54,15 +55,19 @@ def sparsify(
         model: any module made of `nn.Linear` (or GPT-2's `Conv1D`).
         pattern: "2:4", any "N:M", "64x64" (blocks) or "unstructured". 2:4 (and what is sparser in the same
             groups, as "1:4") and blocks whose sides are multiples of 16 have a packed format; weights of the other
-            patterns stay dense, with zeros, and `sparsekit.check` says so.
+            patterns stay dense, with zeros, and `sparsekit.check` says so. "structured" and "depth" take heads and
+            channels, or blocks, out of the model, which is then smaller and dense. A list is carried out in turn, as
+            ["structured", "2:4"]: first the widths, then 2:4 on what is left.
         method: a name, as "sparsegpt", or a config such as `sparsekit.SparseGPT(pattern="4:8")`, whose pattern
             counts where `pattern` is left at its default; a method that trains, as `sparsekit.AST(max_steps=300)`, too.
-            None: SparseGPT when there is a dataset, magnitude when there is none.
+            None: SparseGPT when there is a dataset, magnitude when there is none; for "structured" contribution or
+            magnitude_sp. For a list of patterns, a list with one for each, or None.
         dataset: calibration data: strings, token tensors, a `datasets.Dataset`, a DataLoader, or a path to
             .txt/.jsonl/.parquet.
         tokenizer: turns strings into tokens.
         sparsity: share of the weights removed, for patterns that do not fix it.
-        constraints: a budget instead of a sparsity; no one-shot method takes one.
+        constraints: a budget instead of a sparsity, for "structured" and "depth": {"flops": "60%"}, {"params": 5e9},
+            {"latency_ms": 12.0} or {"speedup": 1.5}.
         targets, ignore: class names, "re:..." on the qualified name, names, or a callable `(module, name) -> bool`.
         num_calibration_samples, max_seq_length, batch_size: how much of the dataset is used, and how.
         reconstruct: after a one-shot method, refit what it kept to what each block gave when it was dense, on the same
@@ -83,60 +88,184 @@ def sparsify(
     Whatever is raised, Ctrl-C included, the model is as it was before. For this one copy of the target weights is
     kept in host memory while pruning runs.
     """
-    wanted = parse_pattern(pattern)
-    if constraints is not None:
-        raise ValueError(f"constraints={constraints!r}: one-shot methods take no budget; leave it out and set sparsity")
+    stages = _stages(pattern, method)
     FORMATS.check(format)
     BACKENDS.check(backend)
     if not isinstance(model, nn.Module):
         raise ValueError(f"model={model!r} is a {type(model).__name__}: pass the loaded model, an nn.Module")
     whole, model = model, unwrapped(model)
-    layers = find_targets(model, targets, ignore)
+    given: dict[str, Any] = {
+        "dataset": dataset,
+        "tokenizer": tokenizer,
+        "targets": targets,
+        "ignore": ignore,
+        "num_calibration_samples": num_calibration_samples,
+        "max_seq_length": max_seq_length,
+        "seed": seed,
+        "progress": progress,
+    }
+    with restored_on_failure(model) as snapshot:
+        plan: Plan | None = None
+        for wanted, method in stages:
+            if isinstance(wanted, Structured | Depth) or isinstance(method, StructuredMethod):
+                if reconstruct and len(stages) == 1:
+                    raise ValueError(
+                        "reconstruct=True refits the weights that a mask leaves, and nothing is masked here"
+                    )
+                config = _choose_structured(method, wanted, sparsity, constraints, dataset is not None)
+                step = prune_(model, config, batch_size=batch_size, **given)
+                apply_(model, step)
+                for note in step.notes:
+                    warnings.warn(note, stacklevel=2)
+                plan = step if plan is None else merged(plan, step)
+                continue
+            if constraints is not None and len(stages) == 1:
+                raise ValueError(
+                    f"constraints={constraints!r}: methods that zero weights take no budget; leave it out and set "
+                    "sparsity, or use pattern='structured'"
+                )
+            masked = _mask_and_pack_(
+                model, snapshot, wanted, method, sparsity, batch_size, reconstruct, format, backend, given
+            )
+            plan = masked if plan is None or masked is None else merged(plan, masked)
+        report = check(model, plan)
+        if not report.ok:
+            raise SparsekitError(f"the result does not hold what was asked for:\n{report}")
+    return whole
+
+
+def _mask_and_pack_(
+    model: nn.Module,
+    snapshot: Snapshot,
+    wanted: Pattern,
+    method: Any,
+    sparsity: float,
+    batch_size: int,
+    reconstruct: bool,
+    format: str,
+    backend: str,
+    given: dict[str, Any],
+) -> Plan | None:
+    """Zero weights of a model, and pack it; return the plan, None where the weights obeyed the pattern already."""
+    dataset = given["dataset"]
+    layers = find_targets(model, given["targets"], given["ignore"])
     if backend != "auto" and wanted == NM(2, 4):
         # now, and not after an hour of pruning
         _refuse_unrunnable(layers, "semi24" if format == "auto" else format, backend)
     if reconstruct:
         _refuse_to_reconstruct(method, dataset, wanted if method is None and _obey(layers, wanted) else None)
-    with restored_on_failure(model) as snapshot:
-        if method is None and _obey(layers, wanted) and not (dataset is not None and is_quantised(format)):
-            plan = None
-            for name, layer in layers.items():
-                if _has_negative_zero(weight_NK(layer)):  # as `w * mask` leaves them; packed they become +0.0
-                    snapshot.remember(name)
+    plan: Plan | None = None
+    if method is None and _obey(layers, wanted) and not (dataset is not None and is_quantised(format)):
+        for name, layer in layers.items():
+            if _has_negative_zero(weight_NK(layer)):  # as `w * mask` leaves them; packed they become +0.0
+                snapshot.remember(name)
+    else:
+        config = _choose_method(method, wanted, sparsity, format, has_data=dataset is not None)
+        wanted, format = config.parsed_pattern, config.format or format
+        if not reconstruct:
+            plan = prune_(model, config, batch_size=batch_size, **given)
         else:
-            config = _choose_method(method, wanted, sparsity, format, has_data=dataset is not None)
-            wanted, format = config.parsed_pattern, config.format or format
-            given: dict[str, Any] = {
-                "dataset": dataset,
-                "tokenizer": tokenizer,
-                "targets": targets,
-                "ignore": ignore,
-                "num_calibration_samples": num_calibration_samples,
-                "max_seq_length": max_seq_length,
-                "seed": seed,
-                "progress": progress,
-            }
-            if not reconstruct:
-                plan = prune_(model, config, batch_size=batch_size, **given)
-            else:
-                assert isinstance(config, OneShot), "_refuse_to_reconstruct let it pass"
-                plan = prune_(model, replace(config, format=None), batch_size=batch_size, **given)
-                reconstruct_(model, plan, dense=snapshot.originals(), **given)
-                if is_quantised(config.format):
-                    rounding = SparseGPT(pattern=config.pattern, sparsity=config.sparsity, format=config.format)
-                    notes, plan = plan.notes, prune_(model, rounding, batch_size=batch_size, **given)
-                    plan.notes = list(dict.fromkeys([*notes, *plan.notes]))
-            apply_(model, plan)
-            for note in plan.notes:
-                warnings.warn(note, stacklevel=2)
-        if format != "auto" or has_packed_format(layers):
-            pack_(model, format, backend, layers=layers, scales=plan.scales if plan else None, progress=progress)
-        else:
-            warnings.warn(_why_dense(wanted, layers), stacklevel=2)
-        report = check(model, plan)
-        if not report.ok:
-            raise SparsekitError(f"the result does not hold what was asked for:\n{report}")
-    return whole
+            assert isinstance(config, OneShot), "_refuse_to_reconstruct let it pass"
+            plan = prune_(model, replace(config, format=None), batch_size=batch_size, **given)
+            reconstruct_(model, plan, dense=snapshot.originals(), **given)
+            if is_quantised(config.format):
+                rounding = SparseGPT(pattern=config.pattern, sparsity=config.sparsity, format=config.format)
+                notes, plan = plan.notes, prune_(model, rounding, batch_size=batch_size, **given)
+                plan.notes = list(dict.fromkeys([*notes, *plan.notes]))
+        apply_(model, plan)
+        for note in plan.notes:
+            warnings.warn(note, stacklevel=3)
+    if format != "auto" or has_packed_format(layers):
+        scales = plan.scales if plan else None
+        pack_(model, format, backend, layers=layers, scales=scales, progress=given["progress"])
+    else:
+        warnings.warn(_why_dense(wanted, layers), stacklevel=3)
+    return plan
+
+
+def _stages(pattern: Any, method: Any) -> list[tuple[Pattern, Any]]:
+    """Return patterns and methods in the order in which they are carried out.
+
+    Raises:
+        ValueError: there is no pattern, one that zeroes weights is not the last, or the methods are not as many.
+    """
+    if not isinstance(pattern, list | tuple):
+        return [(parse_pattern(pattern), method)]
+    patterns = [parse_pattern(each) for each in pattern]
+    if not patterns:
+        raise ValueError("pattern=[] names nothing to do: give one or more, as ['structured', '2:4']")
+    methods = [None] * len(patterns) if method is None else method
+    if not isinstance(methods, list | tuple) or len(methods) != len(patterns):
+        raise ValueError(f"pattern={pattern!r} takes a method for each, in a list of {len(patterns)}, got {method!r}")
+    for each in patterns[:-1]:
+        if not isinstance(each, Structured | Depth):
+            raise ValueError(f"pattern={pattern!r}: {each} must come last, for what goes later would break it")
+    return list(zip(patterns, methods, strict=True))
+
+
+def _choose_structured(
+    method: Any, pattern: Pattern, sparsity: float, constraints: dict[str, Any] | None, has_data: bool
+) -> StructuredMethod:
+    """Return the config that `method` means; pattern and budget of a config object must be those asked for."""
+    if method is None:
+        method = default_method(pattern, has_data)
+        if method == "magnitude_sp":
+            warnings.warn(
+                f"no dataset: pruned to {pattern} by magnitude, which costs far more quality than a refit on as few as "
+                "128 samples of text. Pass dataset= and tokenizer=",
+                stacklevel=3,
+            )
+    if isinstance(method, str):
+        return method_config(method, pattern=str(pattern), sparsity=sparsity, constraints=constraints)
+    config = method_config(method)
+    if config.parsed_pattern != pattern and pattern != DEFAULT_PATTERN:
+        raise ValueError(f"pattern={str(pattern)!r}, and method asks for {config.pattern!r}: give both the same")
+    if constraints not in (None, config.constraints):
+        raise ValueError(f"constraints={constraints!r}, and method has its own budget: give it to the method")
+    return config
+
+
+def default_method(pattern: Pattern, has_data: bool) -> str:
+    """Return the name of the best method for a pattern that does not train."""
+    if isinstance(pattern, Depth):
+        return "depth"
+    if isinstance(pattern, Structured):
+        return "contribution" if has_data else "magnitude_sp"
+    return "sparsegpt" if has_data else "magnitude"
+
+
+def merged(first: Plan, second: Plan) -> Plan:
+    """Return one plan that does what two do in turn, with the name of the last method that zeroes or refits.
+
+    Names of the first are followed to where they are in the model without the layers that the second takes out.
+    """
+    cuts = dict(first.cuts)
+    for name, cut in second.cuts.items():
+        if cut.kind == "layers":
+            cuts = _without_layers(cuts, name, cut)
+    for name, cut in second.cuts.items():
+        before = cuts.get(name)
+        cuts[name] = cut if before is None else Cut(before.kept[cut.kept], before.num, cut.kind)
+    made_by = replace(
+        second.made_by,
+        method=f"{first.made_by.method}, {second.made_by.method}",
+        config={first.made_by.method: first.made_by.config, **second.made_by.config},
+        updates_weights=first.made_by.updates_weights or second.made_by.updates_weights,
+    )
+    return replace(second, cuts=cuts, made_by=made_by, notes=[*first.notes, *second.notes])
+
+
+def _without_layers(cuts: dict[str, Cut], blocks: str, cut: Cut) -> dict[str, Cut]:
+    """Return cuts by the names that their layers have when `cut` left the list `blocks`."""
+    places = {f"{blocks}.{old}.": f"{blocks}.{new}." for new, old in enumerate(cut.kept.tolist())}
+    found = {}
+    for name, each in cuts.items():
+        if not name.startswith(f"{blocks}."):
+            found[name] = each
+        for old, new in places.items():
+            if name.startswith(old):
+                found[new + name.removeprefix(old)] = each
+    return found
 
 
 def _choose_method(method: Any, pattern: Pattern, sparsity: float, format: str, has_data: bool) -> OneShot | Trained:
@@ -149,13 +278,13 @@ def _choose_method(method: Any, pattern: Pattern, sparsity: float, format: str, 
                 "as few as 128 samples of text. Pass dataset= and tokenizer=",
                 stacklevel=3,
             )
-        method = "sparsegpt" if has_data else "magnitude"
+        method = default_method(pattern, has_data)
     if isinstance(method, str):
         if method.strip().lower() in TRAINED:
             if sparsity != pattern.fixed_sparsity() and sparsity != 0.5:
                 raise ValueError(f"sparsity={sparsity}: pattern {pattern} fixes it for method={method!r}; leave it out")
             return method_config(method, pattern=str(pattern), **({"format": wanted_format} if wanted_format else {}))
-        return METHODS.get(method)(pattern=str(pattern), sparsity=sparsity, format=wanted_format)
+        return method_config(method, pattern=str(pattern), sparsity=sparsity, format=wanted_format)
     config = method_config(method)
     if config.parsed_pattern != pattern and pattern != DEFAULT_PATTERN:
         raise ValueError(f"pattern={str(pattern)!r}, and method asks for {config.pattern!r}: give both the same")

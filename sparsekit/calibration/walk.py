@@ -47,7 +47,7 @@ class Step:
         return self.block or ", ".join(list(self.layers)[:2]) + ("…" if len(self.layers) > 2 else "")
 
 
-class _Stop(BaseException):
+class Stop(BaseException):
     """Ends a forward that has shown all it has to."""
 
 
@@ -133,7 +133,7 @@ class Walk:
 
         def keep(module: nn.Module, args: Any, output: Any) -> None:
             kept.append(output)
-            raise _Stop
+            raise Stop
 
         handle = self.model.get_submodule(name).register_forward_hook(keep)
         try:
@@ -193,7 +193,11 @@ class Walk:
         return recorder.result()
 
     def run(self, index: int) -> Any:
-        """Run one batch, with the blocks that are done standing in for themselves; return what the model gives."""
+        """Run one batch, with the blocks that are done standing in for themselves, until a hook raises `Stop`.
+
+        Returns:
+            What the model gives; None if it was stopped.
+        """
         batch = {key: value.to(self._device) for key, value in self.batches[index].items()}
         args = (batch.pop(INPUT),) if INPUT in batch else ()
         with ExitStack() as stack:
@@ -204,7 +208,7 @@ class Walk:
             try:
                 # Of a module that stands in two places, tie_weights=True would leave the replaced tensor behind.
                 return functional_call(self.model, self.weights, args, batch, tie_weights=False)
-            except _Stop:
+            except Stop:
                 return None
 
     def _plan_steps(self) -> list[Step]:
@@ -267,7 +271,7 @@ class Walk:
 
             def look(module: nn.Module, args: Any, kwargs: Any, seen: list[Tensor] = seen) -> None:
                 seen.extend(_tensors((args, kwargs)))
-                raise _Stop
+                raise Stop
 
             with ExitStack() as stack:
                 for done in steps[:position]:
@@ -282,7 +286,7 @@ class Walk:
 
 
 def _stop(module: nn.Module, args: Any, output: Any) -> None:
-    raise _Stop
+    raise Stop
 
 
 def _tensors(tree: Any) -> list[Tensor]:

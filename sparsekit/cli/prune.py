@@ -13,10 +13,11 @@ from sparsekit.cli.models import bytes_on_disk, load_model, load_tokenizer, need
 from sparsekit.cli.output import Output
 from sparsekit.evaluate import perplexity
 from sparsekit.formats import FORMATS
-from sparsekit.methods import METHODS, TRAINED, OneShot
+from sparsekit.methods import METHODS, TRAINED, OneShot, StructuredMethod, method_config
 from sparsekit.nn import sparse_layers
 from sparsekit.patterns import parse_pattern
 from sparsekit.report import Report, show
+from sparsekit.sparsify import default_method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,15 +45,17 @@ class PruneOptions:
     device: str | None
     bench: bool
 
-    def config(self) -> OneShot:
+    def config(self) -> OneShot | StructuredMethod:
         """Return the method's config, in which pattern, format and permute meet; the default method's if none is named.
 
         Raises:
             ValueError: they do not go together.
         """
-        name = self.method or ("magnitude" if self.dataset is None else "sparsegpt")
+        name = self.method or default_method(parse_pattern(self.pattern), self.dataset is not None)
         format = None if self.format == "auto" else self.format
-        return METHODS.get(name)(pattern=self.pattern, sparsity=self.sparsity, permute=self.permute, format=format)
+        if issubclass(METHODS.get(name), StructuredMethod):
+            return method_config(name, pattern=self.pattern, sparsity=self.sparsity)
+        return method_config(name, pattern=self.pattern, sparsity=self.sparsity, permute=self.permute, format=format)
 
     def check(self) -> None:
         """Raise ValueError or FileNotFoundError for what can be seen to be wrong before a model is loaded."""
@@ -63,8 +66,9 @@ class PruneOptions:
         FORMATS.check(self.format)
         if self.method in TRAINED:
             raise ValueError(f"--method {self.method} trains: use `sparsekit train {self.method}`")
-        self.config()
-        if self.method is not None and METHODS.get(self.method).statistics is not None and self.dataset is None:
+        config = self.config()
+        needs_data = config.needs_data if isinstance(config, StructuredMethod) else config.statistics is not None
+        if self.method is not None and needs_data and self.dataset is None:
             raise ValueError(
                 f"--method {self.method} needs calibration text: pass --dataset FILE, or --method magnitude"
             )

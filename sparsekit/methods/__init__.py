@@ -7,7 +7,17 @@ from sparsekit.methods.base import METHODS, TRAINED, Decision, OneShot, Trained,
 from sparsekit.methods.magnitude import Magnitude
 from sparsekit.methods.ria import RIA
 from sparsekit.methods.sparsegpt import SparseGPT
-from sparsekit.methods.structured import FLAP, KCM, Contribution, Depth, Fisher, MagnitudeSP, StructuredMethod, WandaSP
+from sparsekit.methods.structured import (
+    FLAP,
+    KCM,
+    Contribution,
+    Depth,
+    Fisher,
+    MagnitudeSP,
+    SliceGPT,
+    StructuredMethod,
+    WandaSP,
+)
 from sparsekit.methods.wanda import Wanda
 
 __all__ = [
@@ -24,6 +34,7 @@ __all__ = [
     "MagnitudeSP",
     "OneShot",
     "RIA",
+    "SliceGPT",
     "SparseGPT",
     "StructuredMethod",
     "TRAINED",

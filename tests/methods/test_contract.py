@@ -55,7 +55,8 @@ def test_all_zero_and_constant_weights(name):
 
 @pytest.mark.parametrize("name,config", METHODS.items())
 def test_configs_are_frozen_and_survive_json(name, config):
-    made = config(pattern="unstructured", sparsity=0.25)
+    pattern = "unstructured" if name in ONE_SHOT else str(config.kind)
+    made = config(pattern=pattern, sparsity=0.25)
     assert config.name == name
     assert config.from_dict(json.loads(json.dumps(made.to_dict()))) == made
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -83,6 +84,8 @@ def test_the_sparsity_of_a_group_is_its_own():
         ({"pattern": "unstructured", "sparsity": "half"}, "is not a number"),
         ({"pattern": "4:2"}, "N:M needs 0 < N < M"),
         ({"pattern": "two:four"}, "unknown pattern"),
+        ({"pattern": "structured"}, "takes whole parts of a model out: use a method that does, as .*contribution"),
+        ({"pattern": "depth"}, "takes whole parts of a model out: use a method that does, as .*depth"),
     ],
     ids=str,
 )

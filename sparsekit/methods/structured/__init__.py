@@ -7,6 +7,7 @@ from sparsekit.methods.structured.fisher import Fisher
 from sparsekit.methods.structured.flap import FLAP
 from sparsekit.methods.structured.kcm import KCM
 from sparsekit.methods.structured.magnitude_sp import MagnitudeSP
+from sparsekit.methods.structured.slicegpt import SliceGPT
 from sparsekit.methods.structured.wanda_sp import WandaSP
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Fisher",
     "KCM",
     "MagnitudeSP",
+    "SliceGPT",
     "StructuredMethod",
     "WandaSP",
     "WidthMethod",

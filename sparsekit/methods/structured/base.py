@@ -67,6 +67,7 @@ class Job:
         inputs: width -> what its reader is fed in the dense model, where the method asked.
         gradients: width -> gradient of each batch's loss by its mask, [batches, num_units], where the method asked.
         first_only: widths of which the model's head reads the first token alone.
+        joins: reader -> where its output joins the residual stream, as far as that was looked for; see `Watcher`.
         notes: for the plan.
         failure: why the rest of the readers are left as they are; "" while all is well.
     """
@@ -81,6 +82,7 @@ class Job:
     inputs: dict[str, InputSums] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
     first_only: frozenset[str] = frozenset()
+    joins: dict[str, str | None] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     failure: str = ""
 

@@ -97,15 +97,20 @@ def input_sums(model: nn.Module, readers: Iterable[str], batches: Iterable[Batch
             masks = padding_masks(batch)
             run(model, batch)
     for name in readers:
-        check_inputs(name, found.get(name))
+        check_inputs(name, found[name].num_tokens if name in found else 0, name not in found or found[name].is_finite())
     return found
 
 
-def check_inputs(name: str, seen: "InputSums | None") -> None:
-    """Raise unless a layer saw tokens, and numbers in them."""
-    if seen is None or not seen.num_tokens:
+def check_inputs(name: str, num_tokens: float, is_finite: bool) -> None:
+    """Raise unless a layer saw tokens, and numbers in them.
+
+    Raises:
+        NonFiniteError: it was fed NaN or infinity.
+        ValueError: it saw no token.
+    """
+    if not num_tokens:
         raise ValueError(f"no token of the calibration data reached {name}: pass text that the model can use")
-    if not seen.is_finite():
+    if not is_finite:
         raise NonFiniteError(
             f"the inputs of {name} hold NaN or infinity on the calibration data: check the model's weights, and that "
             "its dtype can hold its activations (bfloat16 where float16 overflows)"

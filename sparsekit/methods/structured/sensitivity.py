@@ -8,6 +8,7 @@ small errors, to second order, when they do not depend on each other.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,15 +17,17 @@ from sparsekit.calibration import Walk
 from sparsekit.calibration.walk import Step
 from sparsekit.methods.structured.base import Job, Reader
 from sparsekit.methods.structured.divergence import Answers
+from sparsekit.methods.structured.inputs import check_inputs
 from sparsekit.methods.structured.moments import Moments
 from sparsekit.methods.structured.removal import removals
 from sparsekit.methods.structured.watch import Tokens, Watcher
 from sparsekit.targets import is_conv1d
 
-SHARES = (0.9, 0.75, 0.6, 0.45, 0.3, 0.15)
+SHARES = (0.85, 0.65, 0.45, 0.3, 0.15)
 """Of the units of a width, where its curve is measured; and at the least that it keeps."""
 _HELD_BACK = 8
-"""One batch of so many is not fitted to, and judges."""
+"""One batch of so many is not fitted to, and judges, up to `_MOST_JUDGES` tokens; one always does."""
+_MOST_JUDGES = 1024
 _SMALLEST = 1e-12
 
 
@@ -38,8 +41,8 @@ def sensitivity_curves(job: Job, least: dict[str, int], damping: float) -> dict[
     """
     names = {width.name: width for width in job.widths}
     layers = {name: job.model.get_submodule(name) for name in names}
-    judging = list(range(0, len(job.batches), _HELD_BACK))
-    fitting = [index for index in range(len(job.batches)) if index not in set(judging)] or judging
+    judging = _judges(job)
+    fitting = [index for index in range(len(job.batches)) if index not in judging] or judging
     curves: dict[str, Tensor] = {}
     with Walk(job.model, layers, job.batches) as walk:
         answers = Answers()
@@ -47,31 +50,49 @@ def sensitivity_curves(job: Job, least: dict[str, int], damping: float) -> dict[
             answers.remember(index, job.batches[index], walk.run(index))
         for step in walk.steps:
             job.bar.advance(0, f"sensitivity of {step}")
-            moments = _moments(job, walk, step, fitting)
+            moments, outputs = _moments(job, walk, step, fitting)
             for name, seen in moments.items():
                 reader = job.reader(names[name])
                 curves[name] = _curve(walk, answers, reader, seen, least[name], damping)
-            walk.finish(step)
+            walk.finish(step, outputs)
             job.bar.advance()
     return curves
 
 
-def _moments(job: Job, walk: Walk, step: Step, fitting: Sequence[int]) -> dict[str, Moments]:
-    """Return the moments of the step's readers in the dense model, whose targets are the outputs that it has."""
+def _judges(job: Job) -> list[int]:
+    """Return the batches that judge."""
+    chosen: list[int] = []
+    num_tokens = 0
+    for index in range(0, len(job.batches), _HELD_BACK):
+        num_tokens += job.batches[index].get("input_ids", next(iter(job.batches[index].values()))[:, :1]).numel()
+        if chosen and num_tokens > _MOST_JUDGES:
+            break
+        chosen.append(index)
+    return chosen
+
+
+def _moments(job: Job, walk: Walk, step: Step, fitting: Sequence[int]) -> tuple[dict[str, Moments], list[Any] | None]:
+    """Return the moments of the step's readers in the dense model, whose targets are the outputs that it has, and the
+    block's outputs."""
     readers = {width.name: job.reader(width) for width in job.widths if width.name in step.layers}
+    if not readers:
+        return {}, None
     found: dict[str, Moments] = {}
-    watcher = Watcher(walk, step, readers)
-    for index in fitting if readers else ():
-        _, seen = watcher.look(index)
-        for name, reader in readers.items():
-            if name not in found:
-                N, K = reader.w_NK.shape
-                found[name] = Moments(K, N, seen[name].inputs.device)
-            tokens = Tokens.of(job.batches[index], name in job.first_only)
-            found[name].add_inputs(tokens.pick(seen[name].inputs))
+    for name, reader in readers.items():
+        N, K = reader.w_NK.shape
+        found[name] = Moments(K, N, reader.w_NK.device)
+    watcher = Watcher(walk, step, (), dict.fromkeys(readers))
+    outputs = []
+    for index, batch in enumerate(job.batches):
+        output, seen = watcher.look(index, readers)
+        outputs.append(output)
+        for name, moments in found.items():
+            if index in fitting:
+                moments.add_inputs(Tokens.of(batch, name in job.first_only).pick(seen[name].inputs))
     for name, moments in found.items():
+        check_inputs(name, moments.weight, moments.is_finite())
         moments.aim_at_(readers[name].w_NK, readers[name].bias)
-    return found
+    return found, outputs
 
 
 def _curve(walk: Walk, answers: Answers, reader: Reader, moments: Moments, least: int, damping: float) -> Tensor:

@@ -19,7 +19,7 @@ from sparsekit.calibration import Walk
 from sparsekit.calibration.quiet import as_in_inference
 from sparsekit.calibration.recorder import padding_masks, without_padding
 from sparsekit.calibration.samples import Batch
-from sparsekit.calibration.walk import Step
+from sparsekit.calibration.walk import Step, Stop
 from sparsekit.methods.structured.inputs import run
 
 _TOLERANCE = 0.05
@@ -39,6 +39,25 @@ class Seen:
     inputs: Tensor
     outputs: Tensor
     sums: Tensor
+
+
+class _Sight:
+    """What hooks have brought of one reader so far."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Tensor] = {}
+        self.has_sum = True
+
+    def see(self, what: str) -> Callable[[Tensor], None]:
+        """Return what keeps a tensor; of outputs a copy, for some models add the residual to them in place."""
+        return lambda x: self.found.__setitem__(what, x.clone() if what == "outputs" else x)
+
+    def seen(self, block_output: Tensor | None) -> Seen:
+        outputs = self.found["outputs"]
+        sums = self.found.get("sums", block_output) if self.has_sum else outputs
+        assert sums is not None
+        # Some models run their MLPs on [tokens, features], and their sums on [samples, tokens, features].
+        return Seen(self.found["inputs"], outputs, sums.view_as(outputs))
 
 
 @dataclass(frozen=True)
@@ -71,38 +90,51 @@ class Watcher:
         walk: inside of its `with`.
         step: the block.
         readers: names of the layers to look at.
+        joins: reader -> where its sum is, as far as it has been found; what is found here is added. The norm whose
+            input is the sum, "" for the block's output, None where there is no sum.
     """
 
-    def __init__(self, walk: Walk, step: Step, readers: Iterable[str]) -> None:
-        self.walk, self.step, self.readers = walk, step, list(readers)
-        self.joins = {name: self._find_join(name) for name in self.readers}
+    def __init__(self, walk: Walk, step: Step, readers: Iterable[str], joins: dict[str, str | None]) -> None:
+        self.walk, self.step, self.joins = walk, step, joins
+        for name in readers:
+            if name not in joins:
+                joins[name] = self._find_join(name)
 
-    def look(self, index: int, readers: Iterable[str] | None = None) -> tuple[Any, dict[str, Seen]]:
-        """Run the block on one batch; return its output, and what some of the readers (or all) did."""
-        names = self.readers if readers is None else list(readers)
-        inputs: dict[str, Tensor] = {}
-        outputs: dict[str, Tensor] = {}
-        sums: dict[str, Tensor] = {}
+    def look(self, index: int, readers: Iterable[str]) -> tuple[Any, dict[str, Seen]]:
+        """Run the block on one batch; return its output, and what some of the readers did."""
+        seen = {name: _Sight() for name in readers}
         with ExitStack() as hooks:
-            for name in names:
-                hooks.enter_context(_before(self._module(name), _keep(inputs, name)))
-                # A copy, for some models add the residual to it in place.
-                hooks.enter_context(_after(self._module(name), _keep(outputs, name, copy=True)))
-                if self.joins[name]:
-                    hooks.enter_context(_before(self._module(self.joins[name] or ""), _keep(sums, name)))
+            self._watch(seen, hooks)
             output = self.walk.output_of(self.step.block, index)
-        for name in names:
-            if self.joins[name] is None:
-                sums[name] = outputs[name]
-            elif not self.joins[name]:
-                sums[name] = first_tensor(output)
-        return output, {name: Seen(inputs[name], outputs[name], sums[name]) for name in names}
+        return output, {name: sight.seen(first_tensor(output)) for name, sight in seen.items()}
+
+    def glance(self, index: int, reader: str) -> Seen:
+        """Return what one of the readers did on one batch; what comes after its sum is not run."""
+        sight = _Sight()
+        with ExitStack() as hooks:
+            self._watch({reader: sight}, hooks)
+            if join := self.joins[reader]:
+                hooks.enter_context(_before(self._module(join), _stop))
+            elif join is None:
+                hooks.enter_context(_after(self._module(reader), _stop))
+            else:
+                return sight.seen(first_tensor(self.walk.output_of(self.step.block, index)))
+            self.walk.run(index)
+        return sight.seen(None)
+
+    def _watch(self, seen: dict[str, "_Sight"], hooks: ExitStack) -> None:
+        for name, sight in seen.items():
+            hooks.enter_context(_before(self._module(name), sight.see("inputs")))
+            hooks.enter_context(_after(self._module(name), sight.see("outputs")))
+            join = self.joins[name]
+            if join:
+                hooks.enter_context(_before(self._module(join), sight.see("sums")))
+            sight.has_sum = join is not None
 
     def _module(self, name: str) -> nn.Module:
         return self.walk.model.get_submodule(name)
 
     def _find_join(self, reader: str) -> str | None:
-        """Return the norm whose input is the sum, "" for the block's output, None where there is no sum."""
         after: list[str] = []
         has_run = False
         outputs: list[Tensor] = []
@@ -113,7 +145,7 @@ class Watcher:
             outputs.append(output)
 
         def note_norm(name: str) -> Callable[[Tensor], None]:
-            return lambda x: after.append(name) if has_run and x.shape == outputs[0].shape else None
+            return lambda x: after.append(name) if has_run and _is_like(x, outputs[0]) else None
 
         block = self._module(self.step.block)
         norms = [f"{self.step.block}.{name}" for name, module in block.named_modules() if _is_norm(module)]
@@ -130,9 +162,9 @@ class Watcher:
         push = (push * outputs[0].float().std()).to(outputs[0].dtype)
         before, moved = self._at(places, reader, None), self._at(places, reader, push)
         for place in places:
-            if place in before and before[place].shape == push.shape:
+            if place in before and _is_like(before[place], push):
                 change = moved[place].float() - before[place].float()
-                if float((change - push.float()).norm()) <= _TOLERANCE * float(push.float().norm()):
+                if float((change.view_as(push) - push.float()).norm()) <= _TOLERANCE * float(push.float().norm()):
                     return place
         return None
 
@@ -187,12 +219,21 @@ def first_tensor(output: Any) -> Tensor:
     return next(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
 
 
+def _is_like(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors hold the same tokens and features, in rows or in samples."""
+    return x.shape[-1] == y.shape[-1] and x.numel() == y.numel()
+
+
 def _is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower()
 
 
-def _keep(found: dict[str, Tensor], name: str, copy: bool = False) -> Callable[[Tensor], None]:
-    return lambda x: found.__setitem__(name, x.clone() if copy else x)
+def _keep(found: dict[str, Tensor], name: str) -> Callable[[Tensor], None]:
+    return lambda x: found.__setitem__(name, x)
+
+
+def _stop(x: Tensor) -> None:
+    raise Stop
 
 
 @contextmanager

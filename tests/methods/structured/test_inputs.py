@@ -1,0 +1,56 @@
+"""Statistics of inputs count tokens, whatever the batches and the padding."""
+
+import pytest
+import torch
+
+from sparsekit.archs import find_widths
+from sparsekit.calibration import load_samples
+from sparsekit.errors import NonFiniteError
+from sparsekit.methods.structured.inputs import InputSums, input_sums, mean_length
+from tests.archs.tiny_models import tiny_model, token_samples
+
+
+def test_sums_are_those_of_the_tokens():
+    x = torch.randn(50, 7, generator=torch.Generator().manual_seed(0)) + 3
+    sums = InputSums(7, torch.device("cpu"))
+    for part in (x[:1], x[1:1], x[1:30], x[30:]):
+        sums.add(part)
+    exact = x.double()
+    assert sums.num_tokens == 50
+    torch.testing.assert_close(sums.mean, exact.mean(0))
+    torch.testing.assert_close(sums.mean_abs, exact.abs().mean(0))
+    torch.testing.assert_close(sums.rms, exact.square().mean(0).sqrt())
+    torch.testing.assert_close(sums.variance, exact.var(0, correction=0))
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_neither_padding_nor_batches_matter(family):
+    model = tiny_model(family)
+    readers = [width.name for width in find_widths(model)]
+    rows = [sample[: 10 + 3 * index] for index, sample in enumerate(token_samples(4))]
+    alone = [{"input_ids": row[None]} for row in rows]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    padded = [{"input_ids": ids, "attention_mask": mask}]
+    extra = {"input_ids": torch.nn.functional.pad(ids, (0, 9)), "attention_mask": torch.nn.functional.pad(mask, (0, 9))}
+    plain = input_sums(model, readers, alone)
+    for batches in (padded, [extra]):
+        for name, sums in input_sums(model, readers, batches).items():
+            assert sums.num_tokens == plain[name].num_tokens == sum(map(len, rows))
+            torch.testing.assert_close(sums.mean_abs, plain[name].mean_abs, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(sums.rms, plain[name].rms, rtol=1e-4, atol=1e-6)
+    assert mean_length(alone) == mean_length(padded) == mean_length([extra]) == sum(map(len, rows)) / 4
+
+
+def test_what_never_ran_and_what_is_not_finite_is_said():
+    model = tiny_model("bert")
+    readers = [width.name for width in find_widths(model)]
+    batches = load_samples(token_samples(2), model, num_samples=2).batches
+    nothing = [{"input_ids": torch.ones(1, 4, dtype=torch.long), "attention_mask": torch.zeros(1, 4).long()}]
+    with pytest.raises(ValueError, match="no token of the calibration data reached bert.encoder.layer.0"):
+        input_sums(model, readers, nothing)
+    with torch.no_grad():
+        model.bert.encoder.layer[0].attention.self.value.weight[0, 0] = float("inf")
+    with pytest.raises(NonFiniteError, match="the inputs of bert.encoder.layer.0.attention.output.dense hold NaN"):
+        input_sums(model, readers, batches)
+    assert mean_length([{"pixel_values": torch.zeros(1, 3, 8, 8)}]) is None
