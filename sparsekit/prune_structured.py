@@ -9,6 +9,7 @@ about each reader in turn, with the inputs that it has by then and the sums that
 teacher that says so is the same model, run with its old weights on its own inputs.
 """
 
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -310,30 +311,26 @@ class _Solver:
         return self.choose(even_values(self.costs))
 
     def above_threshold(self, scores: Mapping[str, Tensor]) -> dict[str, int]:
-        most = self.budget.limits(self.costs)[1]
-        marks = torch.cat([each.double() for each in scores.values()]).unique()  # ascending
-        low, high = 0, len(marks)
-        while low < high:
-            middle = (low + high) // 2
-            if self.costs.of(self._above(scores, float(marks[middle]))) <= most:
-                high = middle
-            else:
-                low = middle + 1
-        counts = self._above(scores, float(marks[low]) if low < len(marks) else float("inf"))
-        if self.costs.of(counts) > most:
+        """Take units by falling score, whatever they cost, while the budget pays for them; one that it does not pay for
+        is left out, and smaller ones after it are not."""
+        groups = [names for names in self.legal.groups if len(self.legal.numbers[names[0]]) > 1]
+        counts = {name: numbers[0] for name, numbers in self.legal.numbers.items()}
+        left = self.budget.limits(self.costs)[1] - self.costs.of(counts)
+        if left < 0:
             return self.evenly()  # which says what can be reached
-        return counts
-
-    def _above(self, scores: Mapping[str, Tensor], threshold: float) -> dict[str, int]:
-        """Return the legal numbers of units, not more than those with a score of `threshold` at least."""
-        counts: dict[str, int] = {}
-        for names in self.legal.groups:
+        units = torch.cat([torch.cat([scores[name].double() for name in names]) for names in groups])
+        owners = torch.repeat_interleave(torch.tensor([sum(len(scores[name]) for name in names) for names in groups]))
+        above = [0] * len(groups)
+        for unit in units.sort(descending=True, stable=True).indices.tolist():
+            index = int(owners[unit])
+            names, now = groups[index], counts[groups[index][0]]
             numbers = self.legal.numbers[names[0]]
-            if len(numbers) == 1 or names[0] not in scores:
-                counts |= dict.fromkeys(names, numbers[-1])
-                continue
-            above = sum(int((scores[name] >= threshold).sum()) for name in names) // len(names)
-            counts |= dict.fromkeys(names, max((n for n in numbers if n <= above), default=numbers[0]))
+            wanted = numbers[bisect_right(numbers, max((above[index] + 1) // len(names), numbers[0])) - 1]
+            price = sum(int(self.costs.curves[name][wanted] - self.costs.curves[name][now]) for name in names)
+            if price <= left:
+                above[index] += 1
+                left -= price
+                counts |= dict.fromkeys(names, wanted)
         return counts
 
     def notes(self, counts: Mapping[str, int]) -> list[str]:

@@ -104,30 +104,38 @@ def sparsify(
         "seed": seed,
         "progress": progress,
     }
+    layers = find_targets(model, targets, ignore)
+    configs: list[StructuredMethod | None] = []
+    for wanted, asked in stages:
+        if isinstance(wanted, Structured | Depth) or isinstance(asked, StructuredMethod):
+            configs.append(_choose_structured(asked, wanted, sparsity, constraints, dataset is not None))
+            continue
+        configs.append(None)
+        if constraints is not None and len(stages) == 1:
+            raise ValueError(
+                f"constraints={constraints!r}: methods that zero weights take no budget; leave it out and set "
+                "sparsity, or use pattern='structured'"
+            )
+        if backend != "auto" and wanted == NM(2, 4):
+            # now, and not after an hour of pruning
+            _refuse_unrunnable(layers, "semi24" if format == "auto" else format, backend)
+        if reconstruct:
+            _refuse_to_reconstruct(asked, dataset, wanted if asked is None and _obey(layers, wanted) else None)
+    if reconstruct and configs[-1] is not None:
+        raise ValueError("reconstruct=True refits the weights that a mask leaves, and nothing is masked here")
     with restored_on_failure(model) as snapshot:
         plan: Plan | None = None
-        for wanted, method in stages:
-            if isinstance(wanted, Structured | Depth) or isinstance(method, StructuredMethod):
-                if reconstruct and len(stages) == 1:
-                    raise ValueError(
-                        "reconstruct=True refits the weights that a mask leaves, and nothing is masked here"
-                    )
-                config = _choose_structured(method, wanted, sparsity, constraints, dataset is not None)
+        for (wanted, asked), config in zip(stages, configs, strict=True):
+            if config is None:
+                step = _mask_and_pack_(
+                    model, snapshot, wanted, asked, sparsity, batch_size, reconstruct, format, backend, given
+                )
+            else:
                 step = prune_(model, config, batch_size=batch_size, **given)
                 apply_(model, step)
                 for note in step.notes:
                     warnings.warn(note, stacklevel=2)
-                plan = step if plan is None else merged(plan, step)
-                continue
-            if constraints is not None and len(stages) == 1:
-                raise ValueError(
-                    f"constraints={constraints!r}: methods that zero weights take no budget; leave it out and set "
-                    "sparsity, or use pattern='structured'"
-                )
-            masked = _mask_and_pack_(
-                model, snapshot, wanted, method, sparsity, batch_size, reconstruct, format, backend, given
-            )
-            plan = masked if plan is None or masked is None else merged(plan, masked)
+            plan = step if plan is None else plan if step is None else merged(plan, step)
         report = check(model, plan)
         if not report.ok:
             raise SparsekitError(f"the result does not hold what was asked for:\n{report}")
@@ -149,11 +157,6 @@ def _mask_and_pack_(
     """Zero weights of a model, and pack it; return the plan, None where the weights obeyed the pattern already."""
     dataset = given["dataset"]
     layers = find_targets(model, given["targets"], given["ignore"])
-    if backend != "auto" and wanted == NM(2, 4):
-        # now, and not after an hour of pruning
-        _refuse_unrunnable(layers, "semi24" if format == "auto" else format, backend)
-    if reconstruct:
-        _refuse_to_reconstruct(method, dataset, wanted if method is None and _obey(layers, wanted) else None)
     plan: Plan | None = None
     if method is None and _obey(layers, wanted) and not (dataset is not None and is_quantised(format)):
         for name, layer in layers.items():

@@ -46,7 +46,8 @@ class Solver(Protocol):
         """
 
     def above_threshold(self, scores: dict[str, Tensor]) -> dict[str, int]:
-        """Return how many units of each width stay if one threshold is laid across the scores of all."""
+        """Return how many units of each width stay if one threshold is laid across the scores of all, whatever they
+        cost."""
 
     def evenly(self) -> dict[str, int]:
         """Return how many units of each width stay if each loses the same share."""

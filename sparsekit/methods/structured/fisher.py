@@ -12,6 +12,7 @@ steps:
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +63,8 @@ def mask_gradients(job: Job) -> dict[str, Tensor]:
     rows: dict[str, list[Tensor]] = {width.name: [] for width in job.widths}
     device = next(job.model.parameters()).device
     asking = [parameter for parameter in job.model.parameters() if parameter.requires_grad]
+    config: Any = getattr(job.model, "config", None)
+    problem_type = getattr(config, "problem_type", None)  # which classifiers guess from labels, and write down
     try:
         for parameter in asking:
             parameter.requires_grad_(False)
@@ -89,6 +92,8 @@ def mask_gradients(job: Job) -> dict[str, Tensor]:
     finally:
         for parameter in asking:
             parameter.requires_grad_(True)
+        if hasattr(config, "problem_type"):
+            config.problem_type = problem_type
     found = {name: torch.stack(each) for name, each in rows.items()}
     for name, each in found.items():
         if not bool(each.isfinite().all()):

@@ -137,17 +137,18 @@ def _padded(samples: list[Batch], tokenizer: Any) -> Batch:
 
 
 def _with_labels(batch: Batch, model: nn.Module) -> Batch:
-    """Return the batch with "labels"; those of a causal language model are its tokens."""
-    for key in _LABELS:
-        if key in batch:
-            batch["labels"] = batch.pop(key)
-            return batch
-    if _is_causal(model):
-        labels = batch["input_ids"].clone()
+    """Return the batch with "labels"; those of a causal language model are its tokens, unless it has one for each."""
+    found = next((batch.pop(key) for key in _LABELS if key in batch), None)
+    if _is_causal(model) and (found is None or found.shape != batch["input_ids"].shape):
+        found = batch["input_ids"].clone()
         if "attention_mask" in batch:
-            labels[batch["attention_mask"] == 0] = -100
-        return {**batch, "labels": labels}
-    raise ValueError(
-        f"dataset rows hold {sorted(batch)}, and this method learns from labels: add 'labels' to each, or use a "
-        "method that needs none, as 'contribution' or 'kcm'"
-    )
+            found[batch["attention_mask"] == 0] = -100
+    if found is None:
+        raise ValueError(
+            f"dataset rows hold {sorted(batch)}, and this method learns from labels: add 'labels' to each, or use a "
+            "method that needs none, as 'contribution' or 'kcm'"
+        )
+    num_labels = getattr(getattr(model, "config", None), "num_labels", None) or 1
+    if found.dim() == 1 and num_labels > 1 and not found.is_floating_point() and int(found.max()) >= num_labels:
+        raise ValueError(f"dataset has the label {int(found.max())}, and the model knows 0 to {num_labels - 1}")
+    return {**batch, "labels": found}

@@ -79,7 +79,8 @@ class Tokens:
     def pick(self, x: Tensor) -> Tensor:
         """Return the rows of x [..., K] that count, [M, K]."""
         if self.first_only and x.dim() == 3:
-            return x[:, 0]
+            mask = next((mask for mask in self.masks if mask.shape == x.shape[:2]), None)
+            return x[:, 0] if mask is None else x[:, 0][mask[:, 0].to(x.device)]
         return without_padding(x, self.masks)
 
 

@@ -34,12 +34,12 @@ def job_of(model, dataset, batch_size, **fields):
 def test_gradients_are_those_of_finite_differences(family):
     model = tiny_model(family).double()
     dataset = labelled(4) if family == "bert" else token_samples(4)
-    job, _ = job_of(tiny_model(family).double(), dataset, 2, sparsity=0.3)
+    job, _ = job_of(tiny_model(family).double(), dataset, 2, sparsity=0.5)
     for width in job.widths:
         gradients = job.gradients[width.name]
         assert gradients.shape == (2, width.num_units)
         assert torch.equal(job.scores[width.name], gradients.square().sum(0))
-        unit, step = width.num_units // 2, 1e-5
+        unit, step = width.num_units // 2, 1e-5 if family == "bert" else 1e-2  # a Llama works in float32 inside
         places = slice(unit * width.columns, (unit + 1) * width.columns)
         for row, batch in enumerate(job.batches):
             losses = []
@@ -51,24 +51,25 @@ def test_gradients_are_those_of_finite_differences(family):
                     losses.append(float(model(**batch).loss))
                 hook.remove()
             expected = (losses[0] - losses[1]) / (2 * step)
-            assert float(gradients[row, unit]) == pytest.approx(expected, rel=1e-4, abs=1e-8)
+            assert float(gradients[row, unit]) == pytest.approx(
+                expected, rel=1e-4 if family == "bert" else 0.02, abs=1e-4
+            )
 
 
-def test_the_search_is_that_of_kwon_and_the_best_there_is():
-    """All heads and filters of two layers, sorted by worth: every number of heads is tried, the rest is filters."""
+def test_the_search_finds_the_best_there_is():
+    """Two layers of two heads and 36 filters: all numbers of each that the budget pays for, and at least one."""
     job, plan = job_of(tiny_model("bert"), labelled(), 4, constraints={"flops": "60%"}, min_channels=1, rearrange=False)
-    costs = job.solver.costs
-    heads = torch.cat([job.scores[w.name] for w in job.widths if w.kind == "heads"]).sort(descending=True).values
-    filters = torch.cat([job.scores[w.name] for w in job.widths if w.kind == "channels"]).sort(descending=True).values
-    unit = {w.kind: int(costs.curves[w.name][1]) for w in job.widths}
-    most = job.solver.budget.limits(costs)[1]
-    best = 0.0
-    for num_heads in range(2, len(heads) + 1):  # at least one in each layer
-        num_filters = (most - num_heads * unit["heads"]) // unit["channels"]
-        best = max(best, float(heads[:num_heads].sum() + filters[:num_filters].sum()))
-    found = sum(float(job.scores[name][cut.kept].sum()) for name, cut in plan.cuts.items())
-    found += sum(float(job.scores[w.name].sum()) for w in job.widths if w.name not in plan.cuts)
-    assert found == pytest.approx(best, rel=1e-9)
+    sums = [torch.cat((torch.zeros(1), job.scores[w.name].sort(descending=True).values.cumsum(0))) for w in job.widths]
+    units = [int(job.solver.costs.curves[w.name][1]) for w in job.widths]
+    least, most = job.solver.budget.limits(job.solver.costs)
+    best = max(
+        sum(float(values[number]) for values, number in zip(sums, numbers, strict=True))
+        for numbers in itertools.product(range(1, 3), range(1, 37), range(1, 3), range(1, 37))
+        if least <= sum(number * unit for number, unit in zip(numbers, units, strict=True)) <= most
+    )
+    kept = {name: cut.kept for name, cut in plan.cuts.items()}
+    found = sum(float(job.scores[w.name][kept.get(w.name, slice(None))].sum()) for w in job.widths)
+    assert found == pytest.approx(best, rel=1e-6)
 
 
 def test_rearrangement_never_raises_the_interaction_and_finds_the_best_of_a_few():

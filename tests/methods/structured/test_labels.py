@@ -86,3 +86,8 @@ def test_missing_labels_are_an_error(dataset, message):
 def test_text_needs_a_tokenizer():
     with pytest.raises(ValueError, match="needs a tokenizer"):
         labelled_batches(rows(), tiny_model("bert"), None, **GIVEN)
+
+
+def test_labels_that_the_model_does_not_know():
+    with pytest.raises(ValueError, match="dataset has the label 2, and the model knows 0 to 1"):
+        labelled_batches(rows(), tiny_model("distilbert"), Words(), **GIVEN)

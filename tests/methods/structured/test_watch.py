@@ -108,6 +108,7 @@ def test_tokens_leave_padding_out():
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]])
     assert torch.equal(Tokens.of({"attention_mask": mask}).pick(x), x[mask.bool()])
     assert torch.equal(Tokens.of({"attention_mask": mask}, first_only=True).pick(x), x[:, 0])
+    assert torch.equal(Tokens.of({"attention_mask": 1 - mask}, first_only=True).pick(x), x[:0, 0])
     assert torch.equal(Tokens.of({}).pick(x), x.view(8, 3))
 
 

@@ -1,0 +1,377 @@
+"""What every method of widths promises, on small models of all families."""
+
+import copy
+
+import pytest
+import torch
+
+import sparsekit as sk
+from sparsekit.archs import find_widths
+from sparsekit.budgets import Budget, count_flops, count_params
+from sparsekit.errors import NonFiniteError, Unsupported
+from sparsekit.methods import METHODS
+from sparsekit.methods.structured import FLAP, KCM, Contribution, WandaSP, WidthMethod
+from sparsekit.plan import Plan
+from sparsekit.prune import prune_
+from sparsekit.targets import weight_NK
+from tests.archs.tiny_models import tiny_model, token_samples
+
+NAMES = [name for name, config in METHODS.items() if issubclass(config, WidthMethod)]
+FAMILIES = ["bert", "distilbert", "llama", "qwen2", "opt", "gpt2"]
+
+
+def rows(num=12):
+    return [{"input_ids": sample.tolist(), "label": index % 2} for index, sample in enumerate(token_samples(num))]
+
+
+def pruned(model, config, dataset=None, **fields):
+    given = {"progress": False, "batch_size": 4, "num_calibration_samples": 12, **fields}
+    return prune_(model, config, dataset=rows() if dataset is None else dataset, **given)
+
+
+def outputs(model):
+    with torch.no_grad():
+        return model(torch.stack(token_samples(3, seed=5))).logits
+
+
+def state(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def half(model, kinds=("heads", "channels"), count=count_params):
+    """The sparsity of cutting half of the units: models are so small that few numbers come within 0.5 % of a budget."""
+    widths = find_widths(model)
+    costs = count(model, widths)
+    left = {w.name: -(-w.num_units // 2) if w.kind in kinds else w.num_units for w in widths}
+    return 1 - costs.of(left) / costs.dense
+
+
+def config_for(name, model, **fields):
+    kind = METHODS.get(name)
+    return kind(sparsity=half(model, kind.kinds), **fields)
+
+
+def params_left(model, dense):
+    """Share of the parameters of the widths that a sliced model has of a dense one's."""
+    inside = [f"{block}." for w in find_widths(dense) for block in [w.name.rpartition(".")[0].rsplit(".", 1)[0]]]
+    total = count_params(dense, find_widths(dense)).dense
+    gone = sum(p.numel() for p in dense.parameters()) - sum(p.numel() for p in model.parameters())
+    assert inside
+    return 1 - gone / total
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_goes_is_dead_and_cutting_it_changes_nothing(name, family):
+    dense, model = tiny_model(family), tiny_model(family)
+    shapes = {key: tensor.shape for key, tensor in state(model).items()}
+    config = config_for(name, model)
+    plan = pruned(model, config)
+    assert all(shapes[key] == tensor.shape for key, tensor in state(model).items() if key in shapes)
+    widths = {width.name: width for width in find_widths(model)}
+    assert plan.cuts and plan.cuts.keys() <= widths.keys()
+    for key, cut in plan.cuts.items():
+        width = widths[key]
+        assert (cut.num, cut.kind) == (width.num_units, width.kind)
+        assert cut.kind in config.kinds and len(cut.kept) >= (1 if cut.kind == "heads" else 8)
+        assert not weight_NK(model.get_submodule(key))[:, width.columns_of(cut.removed)].any()
+    before = outputs(model)
+    sk.apply_(model, plan)
+    assert float((outputs(model) - before).abs().max()) <= 1e-5 * max(1.0, float(before.abs().max()))
+    if family != "llama" or name != "flap":  # which was given biases
+        assert params_left(model, dense) <= 1 - config.sparsity + 1e-9
+        assert params_left(model, dense) >= (1 - config.sparsity) * 0.995
+    assert plan.made_by.method == name and plan.made_by.updates_weights == config.updates_weights
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_seed_gives_the_same_bits(name):
+    found = []
+    for _ in range(2):
+        model = tiny_model("bert")
+        found.append((pruned(model, config_for(name, model), seed=3).cuts, state(model)))
+    (cuts, first), (again, second) = found
+    assert cuts == again and all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_a_failure_leaves_the_model_as_it_was(name, family, monkeypatch):
+    model = tiny_model(family)
+    before, config = state(model), copy.deepcopy(model.config.to_dict())
+    calls = []
+    kind = METHODS.get(name)
+    original = kind.decide
+
+    def failing(self, *args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise RuntimeError("half-way")
+        return original(self, *args)
+
+    monkeypatch.setattr(kind, "decide", failing)
+    with pytest.raises(RuntimeError, match="half-way"):
+        pruned(model, config_for(name, model))
+    assert len(calls) == 2
+    after = state(model)
+    assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
+    assert model.config.to_dict() == config
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ["contribution", "magnitude_sp", "flap", "fisher"])
+def test_a_budget_in_flops_is_reached(name):
+    """FLOPs of sequences as long as those of the data, or as the config says."""
+    for length in (None, 300.0):
+        model, widths = tiny_model("bert"), find_widths(tiny_model("bert"))
+        share = 1 - half(model, count=lambda *args, length=length: count_flops(*args, length or 24))
+        plan = pruned(model, METHODS.get(name)(constraints={"flops": share}, min_channels=1, length=length))
+        costs = count_flops(tiny_model("bert"), widths, length or 24)
+        left = costs.of({key: len(cut.kept) for key, cut in plan.cuts.items()})
+        least, most = Budget.parse({"flops": share}).limits(costs)
+        assert least <= left <= most
+        assert any("% of the flops of the blocks are left" in note for note in plan.notes)
+
+
+def test_kcm_leaves_heads_alone_and_says_what_it_cannot_reach():
+    plan = pruned(tiny_model("bert"), KCM(constraints={"flops": "80%"}))
+    assert {cut.kind for cut in plan.cuts.values()} == {"channels"}
+    with pytest.raises(ValueError, match=r"no legal widths reach flops=30% .*'flops': '\d+\.?\d*%'.* can be had"):
+        pruned(tiny_model("bert"), KCM(constraints={"flops": "30%"}))
+
+
+@pytest.mark.parametrize("name", ["contribution", "flap", "fisher", "magnitude_sp"])
+def test_uniform_widths_load_as_a_plain_config(name, tmp_path):
+    model = tiny_model("llama")
+    plan = pruned(model, config_for(name, model, uniform=True))
+    sk.apply_(model, plan)
+    assert len({len(cut.kept) for cut in plan.cuts.values() if cut.kind == "channels"}) == 1
+    assert "quantization_config" not in model.config.to_dict()
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert torch.equal(outputs(again), outputs(model))
+
+
+def test_widths_that_are_rounded():
+    plan = pruned(tiny_model("bert"), Contribution(round_to=4, constraints={"flops": "72%"}))
+    channels = [len(cut.kept) for cut in plan.cuts.values() if cut.kind == "channels"]
+    assert channels and all(number % 4 == 0 for number in channels)
+
+
+def test_padding_counts_for_nothing():
+    """The same tokens with and without padding give the same choice, and nearly the same weights."""
+    plain = [{"input_ids": sample[None]} for sample in token_samples(8)]
+    extra = torch.nn.functional.pad
+    padded = [
+        {"input_ids": extra(each["input_ids"], (0, 7)), "attention_mask": extra(torch.ones(1, 24).long(), (0, 7))}
+        for each in plain
+    ]
+    for config in (Contribution(), config_for("kcm", tiny_model("bert")), WandaSP(), FLAP()):
+        first, second = tiny_model("bert"), tiny_model("bert")
+        plans = [pruned(model, config, data) for model, data in ((first, plain), (second, padded))]
+        assert plans[0].cuts == plans[1].cuts
+        for key, tensor in state(first).items():
+            torch.testing.assert_close(tensor, state(second)[key], rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_flap_gives_back_the_mean_of_each_layer(family):
+    """In the dense model, output for output; also in a Llama, which is given biases for it."""
+    dense, model = tiny_model(family), tiny_model(family)
+    plan = pruned(model, FLAP())
+    name = next(iter(plan.cuts))
+    entered = []
+    handle = dense.get_submodule(name).register_forward_pre_hook(lambda m, args: entered.append(args[0].flatten(0, 1)))
+    with torch.no_grad():
+        for row in rows():
+            dense(torch.tensor([row["input_ids"]]))
+    handle.remove()
+    x = torch.cat(entered)
+    with torch.no_grad():
+        before, after = dense.get_submodule(name)(x), model.get_submodule(name)(x)
+    torch.testing.assert_close(after.mean(0), before.mean(0), rtol=1e-4, atol=1e-4)
+    assert float((after - before).abs().max()) > 0.01
+    assert family == "bert" or (model.config.mlp_bias and model.config.attention_bias)
+
+
+def test_flap_says_where_no_bias_can_be_had():
+    plan = pruned(tiny_model("qwen2"), config_for("flap", tiny_model("qwen2")))
+    assert any("o_proj has no bias, nor can its config ask for one" in note for note in plan.notes)
+
+
+def test_a_bias_that_was_given_is_taken_back_on_failure(monkeypatch):
+    model = tiny_model("llama")
+    keys, config = set(model.state_dict()), model.config.to_dict()
+    monkeypatch.setattr(FLAP, "score", lambda self, job: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pruned(model, FLAP())
+    assert set(model.state_dict()) == keys and model.config.to_dict() == config
+
+
+def test_the_refit_brings_the_model_back():
+    """After removal and refit the answers are far nearer than without, at the same widths; sequence by sequence."""
+    model, bare = tiny_model("bert"), tiny_model("bert")
+    dense = outputs(tiny_model("bert"))
+    pruned(model, Contribution(allocation="uniform"))
+    pruned(bare, WandaSP())
+    errors = [float((outputs(each) - dense).square().mean()) for each in (model, bare)]
+    assert errors[0] < 0.5 * errors[1]
+
+
+def test_a_reader_makes_up_for_what_went_before_it():
+    """The second reader of a block is fitted to the sums of the dense model, not to its own old outputs."""
+    model = tiny_model("llama")
+    dense = outputs(tiny_model("llama"))
+    pruned(model, Contribution(allocation="uniform", min_channels=1))
+    fitted = float((outputs(model) - dense).square().mean())
+    alone = tiny_model("llama")
+    with pytest.MonkeyPatch.context() as patch:
+        from sparsekit.methods.structured import watch
+
+        patch.setattr(watch.Watcher, "_find_join", lambda self, reader: None)
+        pruned(alone, Contribution(allocation="uniform", min_channels=1))
+    assert fitted < float((outputs(alone) - dense).square().mean())
+
+
+def test_biased_readers_only_are_refitted_when_nothing_goes():
+    """A width that stays whole is still refitted to what went before it."""
+    model, dense = tiny_model("bert"), tiny_model("bert")
+    plan = pruned(model, Contribution(constraints={"flops": "95%"}))
+    whole = [w.name for w in find_widths(dense) if w.name not in plan.cuts]
+    assert whole and not all(
+        torch.equal(model.get_submodule(name).weight, dense.get_submodule(name).weight) for name in whole
+    )
+
+
+def test_half_precision():
+    model = tiny_model("llama").bfloat16()
+    dense = outputs(model).float()
+    plan = pruned(model, Contribution())
+    assert model.dtype == torch.bfloat16 and outputs(model).isfinite().all()
+    before = outputs(model)
+    sk.apply_(model, plan)
+    assert float((outputs(model) - before).abs().max()) <= 0.05 * float(dense.abs().max())
+
+
+def test_plans_survive_a_file(tmp_path):
+    model = tiny_model("bert")
+    plan = pruned(model, "contribution")
+    plan.save(tmp_path / "plan")
+    again = Plan.load(tmp_path / "plan")
+    assert again == plan and again.made_by.config["constraints"] is None
+    sk.apply_(model, again)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_scores_in_two_precisions_agree(dtype):
+    """Nearly the same units are kept in float32 and float64."""
+    plans = [pruned(tiny_model("bert").to(kind), Contribution(selection="score")) for kind in (dtype, torch.float64)]
+    for name, cut in plans[0].cuts.items():
+        both = set(cut.kept.tolist()) & set(plans[1].cuts[name].kept.tolist())
+        assert len(both) >= 0.95 * len(cut.kept)
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("name", [name for name in NAMES if name != "magnitude_sp"])
+    def test_no_data(self, name):
+        with pytest.raises(ValueError, match="needs calibration data|without labels"):
+            prune_(tiny_model("bert"), name, progress=False)
+
+    def test_labels_are_demanded(self):
+        with pytest.raises(ValueError, match="learns from labels.*'contribution'"):
+            pruned(tiny_model("bert"), "fisher", token_samples(4))
+
+    def test_no_usable_tokens(self):
+        nothing = [{"input_ids": torch.ones(1, 4).long(), "attention_mask": torch.zeros(1, 4).long()}]
+        for name in ("contribution", "kcm", "flap", "wanda_sp"):
+            with pytest.raises(ValueError, match="no token of the calibration data reached"):
+                pruned(
+                    tiny_model("bert"),
+                    config_for(name, tiny_model("bert")),
+                    nothing,
+                )
+
+    def test_unknown_family(self):
+        with pytest.raises(Unsupported, match="has no list of blocks"):
+            pruned(torch.nn.Sequential(torch.nn.Linear(4, 4)), "magnitude_sp")
+
+    def test_half_a_width(self):
+        with pytest.raises(ValueError, match="leave no width whole"):
+            pruned(tiny_model("bert"), "magnitude_sp", targets=["re:.*output.dense"])
+
+    def test_some_widths_only(self):
+        plan = pruned(tiny_model("bert"), "magnitude_sp", ignore=["re:.*attention.*"])
+        assert {cut.kind for cut in plan.cuts.values()} == {"channels"}
+
+    def test_weights_that_are_not_finite(self):
+        model = tiny_model("bert")
+        model.bert.encoder.layer[1].output.dense.weight.data[0, 0] = float("nan")
+        with pytest.raises(NonFiniteError, match="layer.1.output.dense holds NaN"):
+            pruned(model, "magnitude_sp")
+
+    def test_the_minimum_is_said(self):
+        plan = pruned(tiny_model("bert"), sk.MagnitudeSP(constraints={"flops": "50%"}, min_channels=12))
+        assert any("left the least that was asked for, of heads" in note for note in plan.notes)
+        with pytest.raises(ValueError, match="no legal widths reach sparsity=0.9"):
+            pruned(tiny_model("bert"), sk.MagnitudeSP(sparsity=0.9))
+
+    @pytest.mark.parametrize(
+        "fields,message",
+        [
+            ({"sparsity": 1.0}, "not a share"),
+            ({"sparsity": "half"}, "is not a number"),
+            ({"sparsity": 0.3, "constraints": {"flops": "60%"}}, "are two budgets"),
+            ({"constraints": {"flop": "60%"}}, "unknown budget 'flop'.*Did you mean 'flops'"),
+            ({"constraints": {"flops": "160%"}}, "is no budget"),
+            ({"pattern": "2:4"}, "makes the pattern structured"),
+            ({"round_to": 0}, "round_to=0 must be a whole number of at least 1"),
+            ({"min_heads": True}, "min_heads=True must be a whole number"),
+            ({"uniform": 1}, "uniform=1 is neither True nor False"),
+            ({"length": -3}, "length=-3 must be a positive number"),
+            ({"selection": "best"}, "unknown selection 'best'"),
+            ({"allocation": "evenly"}, "unknown allocation 'evenly'"),
+            ({"damping": 0}, "damping=0 must be a positive number"),
+        ],
+        ids=str,
+    )
+    def test_fields(self, fields, message):
+        with pytest.raises(ValueError, match=message):
+            Contribution(**fields)
+
+    @pytest.mark.parametrize(
+        "fields,message",
+        [
+            ({"normalise": "zscore"}, "a product of two negative scores would rank high"),
+            ({"d2": "mean"}, "a product of two negative scores would rank high"),
+            ({"d2": "none", "r2": "none"}, "leave no score"),
+            ({"sigma": 0}, "sigma=0 must be a positive number"),
+            ({"rank_share": 1.5}, "rank_share=1.5 must be a share"),
+            ({"recovery": "bias"}, "unknown recovery 'bias'"),
+            ({"teacher_model": "none"}, "unknown teacher_model 'none'"),
+        ],
+        ids=str,
+    )
+    def test_fields_of_kcm(self, fields, message):
+        with pytest.raises(ValueError, match=message):
+            KCM(**fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"r2": "density"},
+        {"r2": "none", "normalise": "zscore"},
+        {"d2": "none"},
+        {"d2": "rms", "normalise": "l2"},
+        {"normalise": "log", "sigma": None},
+        {"kernel_factor": 0.5, "rank_share": 0.75},
+        {"recovery": "refit"},
+        {"recovery": "none"},
+        {"teacher_model": "dense"},
+    ],
+    ids=str,
+)
+def test_every_form_of_kcm(fields):
+    model = tiny_model("bert")
+    plan = pruned(model, config_for("kcm", model, **fields))
+    assert plan.cuts and outputs(model).isfinite().all()
