@@ -13,6 +13,7 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -135,9 +136,10 @@ def _narrow_(
     own = [width for width in widths if width.kind in config.kinds]
     if config.wants_biases and (left := give_biases_(model, own, snapshot)):
         plan.notes.append(f"{left[0]} has no bias, nor can its config ask for one: nothing stands for means there")
-    job = Job(model, own, batches, solver, bar, seed, notes=plan.notes)
+    inputs = [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
+    job = Job(model, own, inputs, solver, bar, seed, labelled=batches, notes=plan.notes)
     if config.second_pass is Moments:
-        job.first_only = first_only_readers(model, [width.name for width in own], batches[0])
+        job.first_only = first_only_readers(model, [width.name for width in own], inputs[0])
     job.scores = config.score(job)
     counts = config.count(job)
     plan.notes += solver.notes(counts)
@@ -225,17 +227,27 @@ def _time_of_blocks(model: nn.Module, config: Depth, blocks: list[str], batches:
     """Return the nanoseconds of a model's blocks, and those of the rest."""
     length = config.length or mean_length(batches) or _LENGTH
     inputs = example_inputs(model, config.batch, round(length))
+    examples: dict[str, Any] = {}
 
     def rest() -> None:
         with ExitStack() as stack:
             for block in blocks:
-                stack.enter_context(skipped(model.get_submodule(block)))
+                stack.enter_context(skipped(model.get_submodule(block), examples[block]))
             model(**inputs)
 
     with as_timed(model):
+        with ExitStack() as hooks:
+            for block in blocks:
+                keep = partial(_keep_output, examples, block)
+                hooks.callback(model.get_submodule(block).register_forward_hook(keep).remove)
+            model(**inputs)
         timings = compare({"model": lambda: model(**inputs), "rest": rest}, device=device_of(model)).timings
     whole, fixed = (round(1e9 * timings[name].median) for name in ("model", "rest"))
     return max(whole - fixed, len(blocks)), fixed
+
+
+def _keep_output(found: dict[str, Any], name: str, module: nn.Module, args: Any, output: Any) -> None:
+    found[name] = output
 
 
 @torch.no_grad()

@@ -64,6 +64,7 @@ class Job:
         solver: what may stay.
         bar: to show progress on.
         seed: of random choices.
+        labelled: the same data with "labels", where the method needs them.
         scores: width -> what each unit is worth, [num_units], where the method scores units.
         inputs: width -> what its reader is fed in the dense model, where the method asked.
         gradients: width -> gradient of each batch's loss by its mask, [batches, num_units], where the method asked.
@@ -79,6 +80,7 @@ class Job:
     solver: Solver
     bar: Progress
     seed: int = 0
+    labelled: list[Batch] = field(default_factory=list)
     scores: dict[str, Tensor] = field(default_factory=dict)
     inputs: dict[str, InputSums] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)

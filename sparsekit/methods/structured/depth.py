@@ -171,16 +171,21 @@ class Judge:
 
 
 @contextmanager
-def skipped(block: nn.Module) -> Iterator[None]:
-    """Let a block give back what it is given, in a tuple if that is what it gives."""
+def skipped(block: nn.Module, example: Any = None) -> Iterator[None]:
+    """Let a block give back what it is given, in a tuple if that is what it gives.
+
+    Args:
+        block: a block of a model.
+        example: something that it gave; without one, it is run once more to see.
+    """
     own = block.forward
-    shape: list[Any] = []
 
     def pass_on(*args: Any, **kwargs: Any) -> Any:
+        nonlocal example
+        if example is None:
+            example = own(*args, **kwargs)
         hidden = first_tensor((args, kwargs))
-        if not shape:
-            shape.append(own(*args, **kwargs))
-        return (hidden, *shape[0][1:]) if isinstance(shape[0], tuple) else hidden
+        return (hidden, *example[1:]) if isinstance(example, tuple) else hidden
 
     before = block.__dict__.get("forward")
     block.__dict__["forward"] = pass_on

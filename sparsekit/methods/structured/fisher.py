@@ -69,7 +69,7 @@ def mask_gradients(job: Job) -> dict[str, Tensor]:
         for parameter in asking:
             parameter.requires_grad_(False)
         with as_in_inference(job.model), torch.enable_grad():
-            for batch in job.batches:
+            for batch in job.labelled:
                 masks = {
                     width.name: torch.ones(width.num_units, device=device, requires_grad=True) for width in job.widths
                 }

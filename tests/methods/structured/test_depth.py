@@ -202,8 +202,6 @@ class TestBadInput:
             pruned(model, "depth", [torch.randn(2, 4)])
 
     def test_several_lists(self):
-        from sparsekit.archs import find_blocks  # noqa: F401
-
         model = tiny_model("t5")
         data = [{"input_ids": each, "decoder_input_ids": each} for each in torch.ones(3, 1, 5).long()]
         with pytest.raises(Unsupported, match="one list, and this model has encoder.block, decoder.block"):

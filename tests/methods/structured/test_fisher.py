@@ -41,7 +41,7 @@ def test_gradients_are_those_of_finite_differences(family):
         assert torch.equal(job.scores[width.name], gradients.square().sum(0))
         unit, step = width.num_units // 2, 1e-5 if family == "bert" else 1e-2  # a Llama works in float32 inside
         places = slice(unit * width.columns, (unit + 1) * width.columns)
-        for row, batch in enumerate(job.batches):
+        for row, batch in enumerate(job.labelled):
             losses = []
             for sign in (1, -1):
                 mask = torch.ones(width.num_units * width.columns, dtype=torch.float64)

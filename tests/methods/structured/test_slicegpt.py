@@ -113,7 +113,7 @@ def test_principal_directions_beat_others(monkeypatch):
     monkeypatch.setattr(prune_structured, "principal_directions", lambda *args: own(*args).flip(1))
     pruned(other, sk.SliceGPT(sparsity=0.2, round_to=2))
     errors = [float((outputs(each) - dense).square().mean()) for each in (model, other)]
-    assert errors[0] < 0.7 * errors[1]
+    assert errors[0] < 0.9 * errors[1]
 
 
 @pytest.mark.parametrize(
