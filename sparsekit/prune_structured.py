@@ -212,8 +212,9 @@ def _num_blocks(model: nn.Module, config: Depth, blocks: list[str], batches: lis
     sizes = [sum(parameter.numel() for parameter in model.get_submodule(block).parameters()) for block in blocks]
     total, fixed = sum(sizes), sum(parameter.numel() for parameter in model.parameters()) - sum(sizes)
     if budget.measure == "flops":
-        length = config.length or mean_length(batches) or _LENGTH
-        total, fixed = count_flops(model, find_widths(model), length).dense, 0
+        widths = find_widths(model)
+        length = config.length or mean_length(model, widths[0].name, batches) or _LENGTH
+        total, fixed = count_flops(model, widths, length).dense, 0
     elif budget.measure == "ns":
         total, fixed = _time_of_blocks(model, config, blocks, batches)
     costs = Costs(budget.measure, {"blocks": np.arange(num + 1, dtype=np.int64) * (total // num)}, fixed)
@@ -225,7 +226,7 @@ def _num_blocks(model: nn.Module, config: Depth, blocks: list[str], batches: lis
 
 def _time_of_blocks(model: nn.Module, config: Depth, blocks: list[str], batches: list[Batch]) -> tuple[int, int]:
     """Return the nanoseconds of a model's blocks, and those of the rest."""
-    length = config.length or mean_length(batches) or _LENGTH
+    length = config.length or mean_length(model, blocks[0], batches) or _LENGTH
     inputs = example_inputs(model, config.batch, round(length))
     examples: dict[str, Any] = {}
 
@@ -305,7 +306,7 @@ class _Solver:
         """Return what the widths cost, in the measure of the budget."""
         if self.budget.measure == "params":
             return count_params(model, self.legal.widths)
-        length = config.length or mean_length(batches) or _LENGTH
+        length = config.length or mean_length(model, self.legal.widths[0].name, batches) or _LENGTH
         if self.budget.measure == "flops":
             return count_flops(model, self.legal.widths, length)
         table = measure_latency(model, self.legal, batch_size=config.batch, length=round(length))

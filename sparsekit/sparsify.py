@@ -127,8 +127,10 @@ def sparsify(
         plan: Plan | None = None
         for (wanted, asked), config in zip(stages, configs, strict=True):
             if config is None:
+                # In a list the sparsity is meant for the patterns that leave it open.
+                share = sparsity if len(stages) == 1 or wanted.fixed_sparsity() is None else 0.5
                 step = _mask_and_pack_(
-                    model, snapshot, wanted, asked, sparsity, batch_size, reconstruct, format, backend, given
+                    model, snapshot, wanted, asked, share, batch_size, reconstruct, format, backend, given
                 )
             else:
                 step = prune_(model, config, batch_size=batch_size, **given)
@@ -219,7 +221,8 @@ def _choose_structured(
                 stacklevel=3,
             )
     if isinstance(method, str):
-        return method_config(method, pattern=str(pattern), sparsity=sparsity, constraints=constraints)
+        budget = {} if constraints is None else {"constraints": constraints}
+        return method_config(method, pattern=str(pattern), sparsity=sparsity, **budget)
     config = method_config(method)
     if config.parsed_pattern != pattern and pattern != DEFAULT_PATTERN:
         raise ValueError(f"pattern={str(pattern)!r}, and method asks for {config.pattern!r}: give both the same")

@@ -64,15 +64,27 @@ def run(model: nn.Module, batch: Batch) -> Any:
     return model(inputs.pop(INPUT), **inputs) if INPUT in inputs else model(**inputs)
 
 
-def mean_length(batches: Iterable[Batch]) -> float | None:
-    """Return the mean number of tokens of a sequence, padding apart; None where inputs are no tokens."""
-    rows, tokens = 0, 0
-    for batch in batches:
-        if (ids := batch.get("input_ids")) is None:
-            return None
-        rows += len(ids)
-        tokens += int(batch["attention_mask"].sum()) if "attention_mask" in batch else ids.numel()
-    return tokens / rows if rows else None
+def mean_length(model: nn.Module, reader: str, batches: list[Batch]) -> float | None:
+    """Return the mean number of tokens of a sequence, padding apart; None without data.
+
+    Where inputs are no tokens, it is that of the rows that a layer, `reader`, is fed for each sample, as patches.
+    """
+    if not batches:
+        return None
+    rows = sum(len(next(iter(batch.values()))) for batch in batches)
+    if "input_ids" in batches[0]:
+        masks = (batch.get("attention_mask", torch.ones_like(batch["input_ids"])) for batch in batches)
+        return sum(int(mask.sum()) for mask in masks) / rows
+    seen: list[int] = []
+    handle = model.get_submodule(reader).register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].shape[:-1].numel())
+    )
+    try:
+        with as_in_inference(model):
+            run(model, batches[0])
+    finally:
+        handle.remove()
+    return sum(seen) / len(next(iter(batches[0].values()))) if seen else None
 
 
 def input_sums(model: nn.Module, readers: Iterable[str], batches: Iterable[Batch]) -> dict[str, InputSums]:

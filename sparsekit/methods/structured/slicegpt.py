@@ -122,7 +122,7 @@ def hidden_size_for(model: nn.Module, config: SliceGPT, stream: Stream, batches:
         whole = count_params(model, widths).dense if budget.is_share else params
         costs = Costs("params", {"hidden": np.round(whole * shares).astype(np.int64)})
     else:
-        length = config.length or mean_length(batches) or 128
+        length = config.length or mean_length(model, widths[0].name, batches) or 128
         dense = count_flops(model, widths, length).dense
         weights = sum(weight_NK(model.get_submodule(name)).numel() for name in _linears(stream))
         costs = Costs("flops", {"hidden": np.round(dense - 2 * length * weights * (1 - shares)).astype(np.int64)})

@@ -166,6 +166,7 @@ def test_what_is_left_is_the_shorter_model(family):
         torch.testing.assert_close(short, silent, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_sparsify_drops_blocks():
     model = sk.sparsify(deep(), "depth", dataset=token_samples(4), sparsity=0.4, progress=False)
     assert len(model.model.layers) == model.config.num_hidden_layers == 3

@@ -39,7 +39,8 @@ def test_neither_padding_nor_batches_matter(family):
             assert sums.num_tokens == plain[name].num_tokens == sum(map(len, rows))
             torch.testing.assert_close(sums.mean_abs, plain[name].mean_abs, rtol=1e-4, atol=1e-6)
             torch.testing.assert_close(sums.rms, plain[name].rms, rtol=1e-4, atol=1e-6)
-    assert mean_length(alone) == mean_length(padded) == mean_length([extra]) == sum(map(len, rows)) / 4
+    for batches in (alone, padded, [extra]):
+        assert mean_length(model, readers[0], batches) == sum(map(len, rows)) / 4
 
 
 def test_what_never_ran_and_what_is_not_finite_is_said():
@@ -53,4 +54,13 @@ def test_what_never_ran_and_what_is_not_finite_is_said():
         model.bert.encoder.layer[0].attention.self.value.weight[0, 0] = float("inf")
     with pytest.raises(NonFiniteError, match="the inputs of bert.encoder.layer.0.attention.output.dense hold NaN"):
         input_sums(model, readers, batches)
-    assert mean_length([{"pixel_values": torch.zeros(1, 3, 8, 8)}]) is None
+    assert mean_length(model, readers[0], []) is None
+
+
+def test_the_length_of_images_is_their_patches():
+    from transformers import ViTConfig, ViTModel
+
+    config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=4)
+    model = ViTModel(config).eval()
+    (reader, *_) = [width.name for width in find_widths(model)]
+    assert mean_length(model, reader, [{"pixel_values": torch.zeros(3, 3, 16, 16)}]) == 17
