@@ -12,7 +12,7 @@ from sparsekit.methods.grid import is_quantised
 from sparsekit.nn import remember_grid_
 from sparsekit.plan import Plan
 from sparsekit.registry import unknown
-from sparsekit.train.config import SparseTrainingArguments, check_not_negative, check_share
+from sparsekit.train.config import SparseTrainingArguments, check_not_negative, check_share, check_whole
 from sparsekit.train.optimizer import MASKED_DECAY_KINDS
 
 START_METHODS = ("magnitude", "wanda", "sparsegpt", "ria", "alps")
@@ -43,7 +43,8 @@ class ASTConfig(SparseTrainingArguments):
         square_head_weight: weight of the distance between hidden states, layer by layer (arXiv 2310.06927).
         teacher_cache: folder that `write_teacher_cache` (sparsekit.train.teacher_cache) wrote; there is then no teacher
             in memory.
-        slorb_group: k of SLoRB: inputs that share a column of the low-rank branch; None for no branch.
+        slorb_group: k of SLoRB: inputs that share a column of the low-rank branch, 2 or more (the paper: 16, 32 or 64;
+            the fewer, the larger and better the branch); None for no branch.
         slorb_init: S from the "mean" of the removed weights (section 3.4), the closed form with the inputs' second
             moments ("data"), or a truncated SVD of the same size ("svd").
         slorb_train_x: train X too (the paper); otherwise it is a reshape and a sum, and takes no storage.
@@ -83,12 +84,12 @@ class ASTConfig(SparseTrainingArguments):
             check_share(name, getattr(self, name))
         if self.ce_weight is None:
             self.ce_weight = 1 - self.kd_weight
-        for name in ("hysteresis", "ce_weight", "square_head_weight"):
+        for name in ("hysteresis", "ce_weight", "square_head_weight", "temperature"):
             check_not_negative(name, getattr(self, name))
         assert self.ce_weight is not None
         if self.kd_weight + self.ce_weight + self.square_head_weight == 0:
             raise ValueError("kd_weight, ce_weight and square_head_weight are all 0: there is nothing to learn from")
-        if not self.temperature > 0:
+        if self.temperature == 0:
             raise ValueError(f"temperature={self.temperature!r} must be greater than 0, as 2.0")
         _choose("masked_decay_kind", self.masked_decay_kind, MASKED_DECAY_KINDS)
         _choose("kd_kind", self.kd_kind, KD_KINDS)
@@ -97,10 +98,10 @@ class ASTConfig(SparseTrainingArguments):
             _choose("start", self.start, START_METHODS)
         if self.masked_decay != "auto":
             check_not_negative("masked_decay", self.masked_decay)
-        if not isinstance(self.mask_update_steps, int) or self.mask_update_steps < 0:
-            raise ValueError(f"mask_update_steps={self.mask_update_steps!r} must be a whole number; 0 keeps the mask")
-        if self.slorb_group is not None and (not isinstance(self.slorb_group, int) or self.slorb_group < 2):
-            raise ValueError(f"slorb_group={self.slorb_group!r} must be a whole number of inputs, as 16, or None")
+        check_whole("mask_update_steps", self.mask_update_steps, at_least=0)
+        check_whole("num_calibration_samples", self.num_calibration_samples)
+        if self.slorb_group is not None:
+            check_whole("slorb_group", self.slorb_group, at_least=2)
         if self.format is not None:
             FORMATS.get(self.format)
             if not is_quantised(self.format) or self.pattern != "2:4":

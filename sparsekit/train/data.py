@@ -66,6 +66,8 @@ def training_samples(dataset: Any, model: nn.Module, tokenizer: Any = None, max_
         if tokenizer is None:
             raise ValueError("the dataset is text: pass the model's tokenizer, or token tensors")
         stream = _token_stream(_checked(items), tokenizer, None)
+        if not stream.numel():
+            raise ValueError("the dataset is empty: it holds no text")
         if stream.numel() < length:
             raise ValueError(
                 f"the dataset gave {stream.numel()} tokens, and one sample takes {length}: pass more text, or a "

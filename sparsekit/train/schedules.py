@@ -43,3 +43,11 @@ def peak_for(learning_rates: Callable[[int], float], warmup_steps: int, end: int
     rates = [learning_rates(step) for step in range(min(warmup_steps, max(end - 1, 0)), max(end, 1))]
     total, highest = sum(rates), max(rates)
     return min(DECAYED_BY / total, 0.5 / highest) if total > 0 else 0.0
+
+
+def from_the_first_step(rates: Callable[[int], float]) -> Callable[[int], float]:
+    """Return a schedule that does not begin at 0, as warm-ups do: that step would be for nothing.
+
+    It gets half of the second step's rate.
+    """
+    return lambda step: rates(step) if step or rates(0) else rates(1) / 2

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from sparsekit.train.schedules import DECAYED_BY, MaskedDecay, peak_for
+from sparsekit.train.schedules import DECAYED_BY, MaskedDecay, from_the_first_step, peak_for
 
 
 def test_it_rises_from_zero_in_a_line_and_then_stays():
@@ -59,3 +59,17 @@ def test_the_peak_is_finite_where_there_are_no_steps_to_decay_in(start, end):
     peak = peak_for(lambda step: 1e-3, start, end)
     assert 0 < peak <= 0.5 / 1e-3
     assert peak_for(lambda step: 0.0, start, end) == 0.0
+
+
+@pytest.mark.parametrize("warmup", [1, 2, 5])
+def test_no_step_is_for_nothing(warmup):
+    def cosine(step):
+        return step / warmup if step < warmup else (1 + math.cos(math.pi * (step - warmup) / (20 - warmup))) / 2
+
+    rates = from_the_first_step(cosine)
+    assert cosine(0) == 0 < rates(0) == cosine(1) / 2
+    assert [rates(step) for step in range(1, 20)] == [cosine(step) for step in range(1, 20)]
+
+
+def test_a_schedule_without_warm_up_stays_as_it_is():
+    assert [from_the_first_step(lambda step: 0.9**step)(step) for step in range(4)] == [1, 0.9, 0.9**2, 0.9**3]
