@@ -142,7 +142,7 @@ class SparseTrainer(Trainer):
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Warn as `Trainer` does, but not of a weight that is tied to one that came: a checkpoint holds both once."""
-        known = dict(self.model.named_parameters(remove_duplicate=False))
+        known = dict(self.accelerator.unwrap_model(self.model).named_parameters(remove_duplicate=False))
         came = {id(parameter) for name, parameter in known.items() if name not in load_result.missing_keys}
         missing = [name for name in load_result.missing_keys if name not in known or id(known[name]) not in came]
         super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
