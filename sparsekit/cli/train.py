@@ -74,6 +74,7 @@ def run_train_ast(options: TrainOptions, output: Output) -> None:
     trainer = _make_trainer(options, model, config, tokenizer)
     if not trainer.is_world_process_zero():
         output.be_silent()
+        hush_warnings()
     for line in beginning(trainer, options, packs):
         output.say(line)
     lengths = {"max_seq_length": trainer.args.max_seq_length}
@@ -147,8 +148,8 @@ def beginning(trainer: Any, options: TrainOptions, packs: bool) -> list[str]:
         f"{args.gradient_accumulation_steps} accumulated × {length} tokens = {_batch(args) * length:,} tokens a step; "
         f"{args.max_steps:,} steps; {tokens:,} tokens, {tokens / samples.num_tokens:.3g} passes over the dataset",
         f"on {args.device.type}{' in bf16' if args.bf16 else ''}; a line every {_steps(args.logging_steps)}; "
-        f"{_evaluations(args)}; {saves if args.save_strategy == 'steps' else f'checkpoints: {args.save_strategy}'}; "
-        f"masks stay from step {freezes_at:,} on",
+        f"{_evaluations(args)}; masks stay from step {freezes_at:,} on",
+        saves if args.save_strategy == "steps" else f"checkpoints: {args.save_strategy}",
     ]
     if options.packed and not packs:
         lines.append(
