@@ -47,6 +47,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "no decay": {"masked_decay": 0.0},
     "no hysteresis": {"hysteresis": 0.0},
     "no freeze": {"mask_freeze_ratio": 0.0},
+    "KL alone": {"kd_weight": 1.0},
     "reverse KL": {"kd_kind": "reverse_kl"},
     "square head": {"square_head_weight": 0.1},
     "int4 in training": {"format": "semi24_int4"},
