@@ -10,9 +10,9 @@ from torch import Tensor
 from sparsekit.errors import CheckpointError
 from sparsekit.registry import Registry
 
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 """Of the canonical layouts; a later one is refused. Written into every packed checkpoint is the first that has all that
-is in it: 1, or 2 where a weight has a side branch."""
+is in it: 1, or 2 where a packed weight has a side branch, or 3 where one has that is not packed."""
 
 
 @dataclass(frozen=True)

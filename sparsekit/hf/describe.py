@@ -37,9 +37,9 @@ def describe_layers(layers: dict[str, SparseLinear]) -> dict[str, dict[str, Any]
     }
 
 
-def layout_version(layers: dict[str, dict[str, Any]]) -> int:
+def layout_version(layers: dict[str, dict[str, Any]], branches: dict[str, dict[str, Any]] | None = None) -> int:
     """Return the version that a reader of layers so described must know, see `LAYOUT_VERSION`."""
-    return 2 if any("side" in described for described in layers.values()) else 1
+    return 3 if branches else 2 if any("side" in described for described in layers.values()) else 1
 
 
 def describe_packed_(model: nn.Module) -> None:

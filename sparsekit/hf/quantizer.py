@@ -7,7 +7,7 @@ would go on with random weights, so the checkpoint also carries one empty tensor
 shape fits nothing, and stock transformers refuses to load it.
 """
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn as nn
@@ -19,8 +19,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from sparsekit.errors import CheckpointError, Unsupported
 from sparsekit.formats import FORMATS, LAYOUT_VERSION
 from sparsekit.hf import QUANT_METHOD
-from sparsekit.hf.describe import describe_layers
-from sparsekit.nn import SparseLinear, dense_layer, replace_layer_, sparse_layers, warn_of_fallbacks
+from sparsekit.hf.branches import StoredBranch, describe_branches, install_stored_, with_stored_names
+from sparsekit.hf.describe import describe_layers, forget_packed_
+from sparsekit.nn import SparseLinear, dense_layer, replace_layer_, side_layers, sparse_layers, warn_of_fallbacks
 from sparsekit.nn.side_columns import SideColumns
 from sparsekit.registry import unknown
 
@@ -34,6 +35,7 @@ class SparsekitConfig(QuantizationConfigMixin):
         layout_version: of the canonical layouts; a later one than this package knows is refused. The default is
             that of layers without a side branch.
         backend: who shall run the layers; not stored.
+        branches: qualified name -> {shape, source, bias, side}, of layers with a side branch that are not packed.
     """
 
     def __init__(
@@ -41,23 +43,31 @@ class SparsekitConfig(QuantizationConfigMixin):
         layers: dict[str, dict[str, Any]] | None = None,
         layout_version: int = 1,
         backend: str = "auto",
+        branches: dict[str, dict[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
         self.quant_method: Any = QUANT_METHOD  # transformers' own enum cannot be extended
         self.layers = layers or {}
         self.layout_version = layout_version
         self.backend = backend
+        self.branches = branches or {}
 
     def to_dict(self) -> dict[str, Any]:
-        return {"quant_method": QUANT_METHOD, "layout_version": self.layout_version, "layers": self.layers}
+        described = {"quant_method": QUANT_METHOD, "layout_version": self.layout_version, "layers": self.layers}
+        return described | ({"branches": self.branches} if self.branches else {})
 
 
 @register_quantizer(QUANT_METHOD)
 class SparsekitQuantizer(HfQuantizer):
-    """Swaps the named layers for empty `SparseLinear` before loading, and prepares them after."""
+    """Swaps the named layers for empty ones before loading, and prepares them after.
+
+    Attributes:
+        state_dict: what to save in place of the model's own, which may be sharded.
+    """
 
     requires_calibration = True
     quantization_config: SparsekitConfig
+    state_dict: dict[str, Tensor] | None = None
 
     def __init__(self, quantization_config: SparsekitConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -71,30 +81,41 @@ class SparsekitQuantizer(HfQuantizer):
                 f"the checkpoint has layout version {quantization_config.layout_version}, this sparsekit reads up to "
                 f"{LAYOUT_VERSION}: upgrade sparsekit"
             )
-        check_described(quantization_config.layers)
+        check_described(quantization_config.layers, quantization_config.branches)
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        tripwire = tripwire_name(self.quantization_config.layers)
         config = self.quantization_config
-        config.layers = swap_in_empty_(model, config.layers, config.backend)
-        for name in config.layers:  # or transformers would draw, and throw away, a random weight for each
+        tripwire = tripwire_name(config.layers | config.branches)
+        if config.layers:
+            config.layers = swap_in_empty_(model, config.layers, config.backend)
+        if config.branches:
+            config.branches = swap_in_stored_(model, config.branches)
+        for name in (
+            *config.layers,
+            *config.branches,
+        ):  # or transformers would draw, and throw away, a random weight for each
             model.get_submodule(name)._is_hf_initialized = True
         ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])
         model._keys_to_ignore_on_load_unexpected = ignored | {tripwire.replace(".", r"\.")}
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        layers = self.quantization_config.layers
-        refuse_missing(model, layers)
+        layers, branches = self.quantization_config.layers, self.quantization_config.branches
+        refuse_missing(model, layers | branches)
         prepare_layers_(model, layers)
+        install_stored_(model, branches)
+        if not layers:  # nothing is quantised, and the model can be trained as any other
+            forget_packed_(model)
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         # Layers may have been renamed since they were described, as adapters do.
-        self.quantization_config.layers = describe_layers(sparse_layers(model)) or self.quantization_config.layers
-        state_dict = model.state_dict()
-        state_dict[tripwire_name(self.quantization_config.layers)] = torch.empty(0)
-        version = self.quantization_config.layout_version
+        config = self.quantization_config
+        config.layers = describe_layers(sparse_layers(model)) or config.layers
+        branches = describe_branches(side_layers(model))
+        state_dict = with_stored_names(self.state_dict or model.state_dict(), branches)
+        state_dict[tripwire_name(config.layers | branches)] = torch.empty(0)
+        version = config.layout_version
         return state_dict, {"sparsekit": f"packed, layout version {version}: import sparsekit before loading"}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -119,17 +140,19 @@ def tripwire_name(layers: dict[str, dict[str, Any]]) -> str:
     return f"{min(layers)}.weight"  # not the first: config.json sorts its keys
 
 
-def check_described(layers: dict[str, dict[str, Any]]) -> None:
-    """Raise CheckpointError unless each layer is described as `describe_layers` does."""
-    if not isinstance(layers, dict) or not layers:
+def check_described(layers: dict[str, dict[str, Any]], branches: dict[str, dict[str, Any]] | None = None) -> None:
+    """Raise CheckpointError unless each layer is described as `describe_layers`, or `describe_branches`, does."""
+    branches = branches or {}
+    if not isinstance(layers, dict) or not isinstance(branches, dict) or not layers | branches:
         raise CheckpointError("config.json names no packed layer: it was altered, fetch the checkpoint again")
-    for name, described in layers.items():
+    for name, described in (layers | branches).items():
         if not isinstance(described, dict):
             raise CheckpointError(f"config.json describes {name} as {described!r}: fetch the checkpoint again")
-        missing = [key for key in ("format", "shape", "source", "bias") if key not in described]
+        own = "side" if name in branches else "format"
+        missing = [key for key in (own, "shape", "source", "bias") if key not in described]
         if missing:
             raise CheckpointError(f"config.json does not give the {missing[0]} of {name}: fetch the checkpoint again")
-        if described["format"] not in FORMATS:
+        if name in layers and described["format"] not in FORMATS:
             raise CheckpointError(
                 unknown(f"format of {name}", described["format"], list(FORMATS)) + " Upgrade sparsekit"
             )
@@ -161,11 +184,7 @@ def swap_in_empty_(
         if name is None:
             continue
         dense: Any = model.get_submodule(name)
-        shape = list(dense.weight.shape)
-        if described["source"] == "Conv1D":
-            shape.reverse()
-        if shape != list(described["shape"]):
-            raise CheckpointError(f"{name} is packed as {described['shape']}, the model's config makes it {shape}")
+        shape = _shape_of(name, dense, described)
         format = FORMATS.get(described["format"])
         if dense.weight.dtype not in format.dtypes:
             raise Unsupported(
@@ -190,12 +209,37 @@ def swap_in_empty_(
         parent, _, attribute = name.rpartition(".")
         model.get_submodule(parent)._modules[attribute] = sparse.train(dense.training)
         found[name] = described
-    if not found:
-        raise CheckpointError(
-            f"the checkpoint packs {next(iter(layers), 'nothing')} and others, {type(model).__name__} has none of "
-            "them: load it with the class that saved it"
-        )
-    return found
+    return found or _none_found(model, layers)
+
+
+def swap_in_stored_(model: nn.Module, branches: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Replace the named dense layers by empty ones with a side branch; returns and raises as `swap_in_empty_`."""
+    found: dict[str, dict[str, Any]] = {}
+    for stored_name, described in branches.items():
+        if (name := _name_in(model, stored_name)) is None:
+            continue
+        dense: Any = model.get_submodule(name)
+        _shape_of(name, dense, described)
+        replace_layer_(model, name, StoredBranch(described, dense.weight).train(dense.training))
+        found[name] = described
+    return found or _none_found(model, branches)
+
+
+def _shape_of(name: str, dense: Any, described: dict[str, Any]) -> list[int]:
+    """Return [N, K] of a layer of the model, which the checkpoint must have, too."""
+    shape = list(dense.weight.shape)
+    if described["source"] == "Conv1D":
+        shape.reverse()
+    if shape != list(described["shape"]):
+        raise CheckpointError(f"{name} is packed as {described['shape']}, the model's config makes it {shape}")
+    return shape
+
+
+def _none_found(model: nn.Module, layers: dict[str, dict[str, Any]]) -> NoReturn:
+    raise CheckpointError(
+        f"the checkpoint packs {next(iter(layers), 'nothing')} and others, {type(model).__name__} has none of them: "
+        "load it with the class that saved it"
+    )
 
 
 def _name_in(model: nn.Module, stored_name: str) -> str | None:

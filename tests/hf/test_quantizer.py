@@ -187,8 +187,8 @@ class TestConfig:
         assert "backend" not in SparsekitConfig(layers=self.LAYERS, backend="reference").to_dict()
 
     def test_refuses_what_a_later_version_wrote(self):
-        with pytest.raises(CheckpointError, match="layout version 3, this sparsekit reads up to 2: upgrade"):
-            SparsekitQuantizer(SparsekitConfig(layers=self.LAYERS, layout_version=3))
+        with pytest.raises(CheckpointError, match="layout version 4, this sparsekit reads up to 3: upgrade"):
+            SparsekitQuantizer(SparsekitConfig(layers=self.LAYERS, layout_version=4))
 
     def test_registered_once(self):
         from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
@@ -212,6 +212,8 @@ def test_importing_loads_no_transformers():
     code = (
         "import sys, sparsekit; assert 'transformers' not in sys.modules; "
         "import transformers.quantizers.auto as auto; assert 'sparsekit' in auto.AUTO_QUANTIZER_MAPPING; "
+        "from transformers.modeling_utils import PreTrainedModel; "
+        "assert PreTrainedModel.save_pretrained.keeps_branches; "
         "assert not any('sparsekit' in type(finder).__module__ for finder in sys.meta_path)"
     )
     root = Path(importlib.import_module("sparsekit").__file__).parents[1]
