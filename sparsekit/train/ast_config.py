@@ -1,6 +1,5 @@
 """Arguments of AST: adaptive sparse training with annealed decay and distillation (arXiv 2407.20584)."""
 
-import copy
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -14,8 +13,8 @@ from sparsekit.plan import Plan
 from sparsekit.registry import unknown
 from sparsekit.train.config import SparseTrainingArguments, check_not_negative, check_share, check_whole
 from sparsekit.train.optimizer import MASKED_DECAY_KINDS
+from sparsekit.train.start import check_start
 
-START_METHODS = ("magnitude", "wanda", "sparsegpt", "ria", "alps")
 KD_KINDS = ("forward_kl", "reverse_kl")
 SLORB_INITS = ("mean", "data", "svd")
 
@@ -94,8 +93,7 @@ class ASTConfig(SparseTrainingArguments):
         _choose("masked_decay_kind", self.masked_decay_kind, MASKED_DECAY_KINDS)
         _choose("kd_kind", self.kd_kind, KD_KINDS)
         _choose("slorb_init", self.slorb_init, SLORB_INITS)
-        if isinstance(self.start, str):
-            _choose("start", self.start, START_METHODS)
+        check_start("start", self.start)
         if self.masked_decay != "auto":
             check_not_negative("masked_decay", self.masked_decay)
         check_whole("mask_update_steps", self.mask_update_steps, at_least=0)
@@ -134,10 +132,13 @@ class ASTConfig(SparseTrainingArguments):
         """
         from sparsekit.train.ast_trainer import ASTTrainer
         from sparsekit.train.restore import restored_whole_on_failure
+        from sparsekit.train.teachers import teaching_copy
 
         config = self.for_layers(targets, ignore)
         config.disable_tqdm = config.disable_tqdm or not progress
-        teacher = copy.deepcopy(model) if config.needs_teacher else None
+        # On the CPU what a smaller teacher saves would be lost twice over, on a copy of the weights to go back to.
+        autocast = None if config.device.type == "cpu" else config.autocast_dtype
+        teacher = teaching_copy(model, autocast) if config.needs_teacher else None
         with restored_whole_on_failure(model, twin=teacher):
             trainer = ASTTrainer(model, config, dataset, processing_class=tokenizer, teacher=teacher)
             if trainer.is_fsdp_enabled:

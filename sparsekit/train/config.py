@@ -121,6 +121,11 @@ class SparseTrainingArguments(TrainingArguments):
         device = super().device
         return torch.device("cpu") if device.type == "cpu" else device
 
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """Dtype that linear layers multiply in where weights have more bits; None for that of the weights."""
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else None
+
     def own_fields(self) -> dict[str, Any]:
         """Return what says how the result comes about: the method's own fields, and those of the run; fit for JSON."""
         inherited = {known.name for known in dataclasses.fields(TrainingArguments)}

@@ -192,6 +192,11 @@ class SparseTrainer(Trainer):
         chosen = torch.randperm(len(samples), generator=generator)[:num_samples].tolist()
         return [{key: value[None] for key, value in samples[index].items()} for index in chosen]
 
+    def calibration_inputs(self, num_samples: int) -> list[dict[str, Tensor]]:
+        """Return the same without labels, as calibration takes them."""
+        samples = self.calibration_samples(num_samples)
+        return [{key: value for key, value in sample.items() if key != "labels"} for sample in samples]
+
     def without_fp32_copies(self) -> None:
         """Leave autocast around the forward, without accelerate's copy of the logits in fp32."""
         model = self.accelerator.unwrap_model(self.model_wrapped)

@@ -691,7 +691,7 @@ def test_bad_priors(tmp_path):
     for masks, error, message in [
         ({key: mask for key, mask in good.items() if key != name}, ValueError, f"no mask for {name}"),
         (good | {name: Mask("2:4", torch.zeros(3, 4, dtype=torch.bool))}, ValueError, r"is \(3, 4\), the weight"),
-        (good | {name: Mask("3:4", torch.arange(20).repeat(22, 1) % 4 < 3)}, PatternError, f"of {name} does not fit"),
+        (good | {name: Mask("3:4", torch.arange(20).repeat(22, 1) % 4 < 3)}, PatternError, f"of {name} breaks 2:4"),
     ]:
         dense = copy.deepcopy(model)
         with pytest.raises(error, match=message):
