@@ -60,7 +60,7 @@ class ASTConfig(SparseTrainingArguments):
     masked_decay_kind: str = "decoupled"
     masked_decay: Any = "auto"
     masked_decay_warmup: float = 0.25
-    hysteresis: float = 0.05
+    hysteresis: float = 0.3
     mask_freeze_ratio: float = 0.15
     kd_weight: float = 2 / 3
     ce_weight: float | None = None
@@ -73,7 +73,7 @@ class ASTConfig(SparseTrainingArguments):
     slorb_train_x: bool = False
     slorb_refit: bool = True
     format: str | None = None
-    quantise_ratio: float = 0.1
+    quantise_ratio: float = 0.15
     num_calibration_samples: int = 128
     output_dir: str | None = field(default="ast-output")
 

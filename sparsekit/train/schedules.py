@@ -8,6 +8,7 @@ exp(-peak * sum of the learning rates after T0) of what it was, so a peak that m
 every model, learning rate and loss: 2 % are left.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -29,6 +30,21 @@ class MaskedDecay:
 
     def __call__(self, step: int) -> float:
         return self.peak * min(step / self.warmup_steps, 1.0) if self.warmup_steps > 0 else self.peak
+
+
+def begun_anew(rates: Callable[[int], float], start: int, end: int, peak: float) -> Callable[[int], float]:
+    """Return a schedule that falls once more from `start` on, as a cosine from `peak` to 0 at `end`, where it is lower.
+
+    For weights that are put on a grid of 4 bits late in a run: at the rates that are left by then, none gets as far as
+    the next number of the grid.
+    """
+
+    def rate(step: int) -> float:
+        if step < start:
+            return rates(step)
+        return max(rates(step), peak * 0.5 * (1 + math.cos(math.pi * (step - start) / max(end - start, 1))))
+
+    return rate
 
 
 def peak_for(learning_rates: Callable[[int], float], warmup_steps: int, end: int) -> float:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from sparsekit.train.schedules import DECAYED_BY, MaskedDecay, from_the_first_step, peak_for
+from sparsekit.train.schedules import DECAYED_BY, MaskedDecay, begun_anew, from_the_first_step, peak_for
 
 
 def test_it_rises_from_zero_in_a_line_and_then_stays():
@@ -73,3 +73,13 @@ def test_no_step_is_for_nothing(warmup):
 
 def test_a_schedule_without_warm_up_stays_as_it_is():
     assert [from_the_first_step(lambda step: 0.9**step)(step) for step in range(4)] == [1, 0.9, 0.9**2, 0.9**3]
+
+
+def test_a_phase_begins_anew_and_ends_at_nothing():
+    rates = begun_anew(lambda step: 0.01, start=10, end=30, peak=0.2)
+    assert [rates(step) for step in range(10)] == [0.01] * 10
+    found = [rates(step) for step in range(10, 31)]
+    assert found[0] == 0.2 and found[10] == pytest.approx(0.1) and found == sorted(found, reverse=True)
+    assert found[-1] == 0.01, "where the schedule itself is above, it stays"
+    assert begun_anew(lambda step: 0.5, 0, 5, 0.2)(0) == 0.5
+    assert begun_anew(lambda step: 0.0, 5, 5, 0.2)(5) == 0.2, "a phase of no steps"
