@@ -192,6 +192,36 @@ def test_a_run_ends_on_the_grid_and_packs_as_it_is(llama, tokens, ast, tmp_path,
     assert {layer.format for layer in sk.nn.sparse_layers(model).values()} == {config.format}
 
 
+@pytest.mark.parametrize(
+    "options,dtype",
+    [({}, torch.float32), ({"slorb_group": 16, "slorb_train_x": True}, torch.bfloat16)],
+    ids=["plain", "branches"],
+)
+def test_training_on_the_grid_wins_back_what_rounding_costs(llama, tokens, ast, monkeypatch, options, dtype):
+    """A fifth of it at least, at the very rates of the run that is rounded at the end."""
+    monkeypatch.setattr("sparsekit.train.ast_trainer.ROUNDING_RATE", 0.0)
+    ids, losses = torch.cat(tokens(256)), {}
+
+    def loss_of(model):
+        with torch.no_grad():
+            logits = model.eval()(ids).logits[:, :-1].float()
+        return float(nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()))
+
+    run = {"max_steps": 120, "per_device_train_batch_size": 8, "mask_update_steps": 10, "kd_weight": 0.5}
+    for format in (None, "semi24_int4"):
+        model = llama(dtype, num_hidden_layers=1, num_attention_heads=2, initializer_range=0.2)
+        config = ast(**run, **options, format=format, mask_freeze_ratio=0.4, quantise_ratio=0.4)
+        trainer = ASTTrainer(model, config, tokens(256))
+        trainer.train()
+        sparse = loss_of(model)
+        sk.pack_(model, "semi24_int4", "reference", scales=trainer.plan().scales or None)
+        losses[format] = sparse, loss_of(model)
+    (sparse, rounded_at_the_end), (trained_on_the_grid, packed) = losses[None], losses["semi24_int4"]
+    assert packed == pytest.approx(trained_on_the_grid, abs=1e-3)
+    cost = rounded_at_the_end - sparse
+    assert cost > 0.02 and packed < rounded_at_the_end - 0.2 * cost, losses
+
+
 def test_rounding_begins_at_its_step_and_not_before_masks_stay(llama, tokens, ast, monkeypatch):
     for options, expected in (
         ({}, 9),
