@@ -113,7 +113,8 @@ class SparsekitQuantizer(HfQuantizer):
         config = self.quantization_config
         config.layers = describe_layers(sparse_layers(model)) or config.layers
         branches = describe_branches(side_layers(model))
-        state_dict = with_stored_names(self.state_dict or model.state_dict(), branches)
+        own = model.state_dict() if self.state_dict is None else self.state_dict
+        state_dict = with_stored_names(own, branches)
         state_dict[tripwire_name(config.layers | branches)] = torch.empty(0)
         version = config.layout_version
         return state_dict, {"sparsekit": f"packed, layout version {version}: import sparsekit before loading"}
