@@ -12,7 +12,6 @@ of the whole file. `dense` is the dense model trained on for as many tokens.
 
 import argparse
 import json
-import sys
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -21,11 +20,11 @@ from typing import Any
 
 import torch
 from quality import CASES, Case, load_ids, load_model, model_in, random_chunks, text_in
+from record import record
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 import sparsekit as sk
-from sparsekit.benchmarking import environment
 from sparsekit.evaluate import perplexity
 from sparsekit.report import Report
 from sparsekit.train.ast_config import ASTConfig
@@ -47,6 +46,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "no decay": {"masked_decay": 0.0},
     "no hysteresis": {"hysteresis": 0.0},
     "no freeze": {"mask_freeze_ratio": 0.0},
+    "KL alone": {"kd_weight": 1.0},
     "reverse KL": {"kd_kind": "reverse_kl"},
     "square head": {"square_head_weight": 0.1},
     "int4 in training": {"format": "semi24_int4"},
@@ -68,7 +68,7 @@ def train_dense_(model: Any, chunks: list[Tensor], args: TrainingArguments) -> N
 
 
 def run(case: Case, root: Path, row: str, options: argparse.Namespace, seed: int, rate: float) -> dict[str, Any]:
-    """Train once and return the row for the file."""
+    """Train once, and append the row to the file and return it."""
     model_dir, held_out = model_in(root, case), case.held_out(options.split)
     model = load_model(model_dir)
     train, valid = (load_ids(text_in(root, file), model_dir) for file in (case.train, held_out))
@@ -98,7 +98,7 @@ def run(case: Case, root: Path, row: str, options: argparse.Namespace, seed: int
         plan = sk.prune_(model, ASTConfig(**shared, **ROWS[row]), dataset=chunks, progress=False)
     seconds = time.perf_counter() - started
     found = perplexity(model, valid, max_seq_length=case.chunk, progress=False)
-    return {
+    found_row = {
         "model": case.model,
         "row": row,
         "seed": seed,
@@ -111,10 +111,8 @@ def run(case: Case, root: Path, row: str, options: argparse.Namespace, seed: int
         "perplexity": found.value,
         "seconds": seconds,
         "sparsity": None if plan is None else plan.sparsity,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "git_sha": environment()["git_sha"],
     }
+    return record("train_quality", found_row, options.json)
 
 
 KEY = ("model", "row", "seed", "learning_rate", "steps", "batch", "split", "bf16")
@@ -176,10 +174,6 @@ def main() -> None:
                     if any(tuple(done[name] for name in KEY) == asked for done in rows):
                         continue
                     rows.append(run(case, options.data, row, options, seed, rate))
-                    print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-                    options.json.parent.mkdir(parents=True, exist_ok=True)
-                    with options.json.open("a") as file:
-                        file.write(json.dumps(rows[-1]) + "\n")
     table(rows).print()
 
 

@@ -96,8 +96,9 @@ def _refuse_branches(model: nn.Module, packed: bool) -> None:
     if branches:
         raise ValueError(
             f"{len(branches)} layers have a side branch, as {branches[0]}, and a dense checkpoint has no place for it: "
-            "call sparsekit.pack_(model) and save with packed=True; or fold the branches into weights that are dense "
-            "again, with sparsekit.unpack_(model) and sparsekit.nn.merge_side_(model)"
+            "call sparsekit.pack_(model) and save with packed=True; or sparsekit.unpack_(model), and then "
+            "model.save_pretrained, whose checkpoints open where sparsekit is imported; or fold the branches into "
+            "weights that are dense again, with sparsekit.nn.merge_side_(model)"
         )
 
 

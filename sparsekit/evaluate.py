@@ -135,7 +135,7 @@ def read_tokens(dataset: Any, tokenizer: Any = None) -> Tensor:
     if isinstance(first, str):
         if tokenizer is None:
             raise ValueError("the dataset is text: pass the model's tokenizer, or token tensors")
-        return _token_stream(_checked(items), tokenizer, None)
+        return _token_stream(_checked(items), tokenizer, None).long()
     return torch.cat([_token_ids(item) for item in items])
 
 

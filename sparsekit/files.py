@@ -61,6 +61,16 @@ def replace_dir(path: Path, bytes_needed: int, stale: tuple[str, ...] = ()) -> I
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def why_not_writable(path: Path) -> str | None:
+    """Return what would keep a file or folder from being put there, seen without leaving a trace."""
+    try:
+        beside = next(parent for parent in path.absolute().parents if parent.exists())
+        with tempfile.TemporaryFile(dir=beside, prefix=f".{path.name}."):
+            return None
+    except OSError as error:
+        return f"cannot be written ({error.strerror or error})"
+
+
 def _carry_over(old: Path, new: Path, stale: tuple[str, ...]) -> None:
     for entry in old.iterdir():
         if (new / entry.name).exists() or any(entry.match(pattern) for pattern in stale):

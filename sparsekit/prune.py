@@ -1,5 +1,6 @@
 """Decide what goes, layer by layer, with data where the method needs it."""
 
+import warnings
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -196,6 +197,12 @@ class _Pruner:
 
     def note_unscalable(self, layers: dict[str, nn.Module]) -> None:
         """Say which inputs cannot be scaled, where they are to be."""
+        if isinstance(self.config, AWQ) and not self.scales:
+            warnings.warn(
+                "awq scales inputs for a quantised format, and none is given: this is SparseGPT, and packing to one "
+                "would round to nearest. Pass AWQ(format='semi24_int4')",
+                stacklevel=3,
+            )
         if not self.scales:
             return
         if not self._scalable(layers):

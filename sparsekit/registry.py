@@ -47,7 +47,12 @@ class Registry(Generic[T]):
 
 def unknown(kind: str, name: object, known: list[str], meant: Mapping[str, str] | None = None) -> str:
     """Return the message for a name that is not in `known`, with the one meant, else the nearest, if there is one."""
-    near = difflib.get_close_matches(str(name).lower(), [k.lower() for k in known], n=1, cutoff=0.6)
-    nearest = (meant or {}).get(str(name).lower()) or next((k for k in known if near and k.lower() == near[0]), None)
-    hint = f" Did you mean {nearest!r}?" if nearest else ""
+    near = nearest(name, known, meant)
+    hint = f" Did you mean {near!r}?" if near else ""
     return f"unknown {kind} {name!r}: known are {', '.join(map(repr, sorted(known)))}.{hint}"
+
+
+def nearest(name: object, known: list[str], meant: Mapping[str, str] | None = None) -> str | None:
+    """Return what was probably meant by a name that is not in `known`."""
+    near = difflib.get_close_matches(str(name).lower(), [k.lower() for k in known], n=1, cutoff=0.6)
+    return (meant or {}).get(str(name).lower()) or next((k for k in known if near and k.lower() == near[0]), None)

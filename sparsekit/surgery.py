@@ -61,6 +61,22 @@ def apply_(model: M, plan: Plan) -> M:
     return model
 
 
+def reorder_(model: M, plan: Plan) -> M:
+    """Put the inputs of layers into the order that the plan has them in, and return the model, the same object.
+
+    What produces them is reordered, too, so that the model computes what it did, and no weight is removed: for training
+    that is to start from the plan. All or nothing, as `apply_`, which does this first.
+
+    Raises:
+        ValueError: the plan is of another architecture.
+    """
+    plan.check_perms()
+    inner = unwrapped(model)
+    with torch.no_grad(), restored_on_failure(inner) as snapshot:
+        _put_in_order_(inner, plan, snapshot)
+    return model
+
+
 def _put_in_order_(model: nn.Module, plan: Plan, snapshot: Snapshot) -> None:
     """Put the inputs of layers into the plan's order, where they are not yet in it."""
     if not plan.perms:

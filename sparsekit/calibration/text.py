@@ -5,9 +5,11 @@ position of every sample is a real token, as in its training. An encoder reads o
 tokens, so it gets that. Neither is ever padded.
 """
 
+from array import array
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -60,19 +62,21 @@ def _checked(texts: Iterable[Any]) -> Iterator[str]:
 
 
 def _token_stream(texts: Iterator[str], tokenizer: Any, enough: int | None) -> Tensor:
+    """Return all texts as one stream of token ids, int32."""
     eos = getattr(tokenizer, "eos_token_id", None)
-    ids: list[int] = []
+    ids = array("i")  # a list takes nine times the memory, and a corpus to train on may have billions
     batch: list[str] = []
     is_blank = True
     for text in texts:
         is_blank = is_blank and not text.strip()
         batch.append(text)
         if len(batch) == _TEXTS_AT_ONCE:
-            ids += _encode_all(batch, tokenizer, eos)
+            ids.extend(_encode_all(batch, tokenizer, eos))
             batch = []
         if enough is not None and len(ids) >= enough:
             break
-    return torch.tensor([] if is_blank else ids + _encode_all(batch, tokenizer, eos), dtype=torch.long)
+    ids.extend(_encode_all(batch, tokenizer, eos))
+    return torch.from_numpy(np.frombuffer(ids, np.int32)[: 0 if is_blank else None])
 
 
 def _encode_all(texts: list[str], tokenizer: Any, eos: int | None) -> list[int]:
@@ -102,7 +106,7 @@ def _random_chunks(
     is_covered = torch.zeros(stream.numel(), dtype=torch.bool)
     for start in starts.tolist():
         is_covered[start : start + length] = True
-    chunks = [{"input_ids": stream[start : start + length][None].clone()} for start in starts.tolist()]
+    chunks = [{"input_ids": stream[start : start + length][None].long()} for start in starts.tolist()]
     return chunks, int(is_covered.sum())
 
 

@@ -1,4 +1,4 @@
-"""The `sparsekit` command: prune, eval, bench, doctor, demo.
+"""The `sparsekit` command: prune, train, eval, bench, doctor, demo.
 
 Exit status: 0 done, 1 failed, 2 bad arguments, 130 interrupted. `--json FILE` ("-" for stdout) holds all that was
 shown, and the error where there was one.

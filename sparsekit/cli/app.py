@@ -4,6 +4,25 @@ from typing import Annotated
 
 import typer
 
+from sparsekit.cli.options import (
+    Backend,
+    BatchSize,
+    Debug,
+    Device,
+    Dtype,
+    Ignore,
+    JsonPath,
+    NewTokens,
+    NumTokens,
+    PromptLength,
+    Quiet,
+    Rounds,
+    Shapes,
+    Targets,
+    TimedFormat,
+)
+from sparsekit.cli.train_app import train_app
+
 app = typer.Typer(
     name="sparsekit",
     help="Make transformers smaller and really faster: from a mask to a measured speed-up.",
@@ -13,31 +32,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-JsonPath = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Also write all results; - for stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; the GPU where there is one.")]
-Targets = Annotated[
-    list[str] | None, typer.Option(help="Layers to prune: class name, name, or re:REGEX; repeatable. [Linear]")
-]
-Ignore = Annotated[list[str] | None, typer.Option(help="Layers to leave alone, the same way. [lm_head]")]
-Backend = Annotated[str, typer.Option(help="Who runs the packed layers: auto or a name that doctor lists.")]
-TimedFormat = Annotated[
-    str,
-    typer.Option(
-        "--format",
-        help="Of the sparse side: semi24, semi24_int8, semi24_int4 or semi24_fp8; auto for the checkpoint's own, "
-        "semi24 where it is dense.",
-    ),
-]
-Shapes = Annotated[str | None, typer.Option(help="Layer shapes of a known model, as llama-3-8b; needs no weights.")]
-NumTokens = Annotated[str, typer.Option(help="Numbers of tokens M to time, with commas.")]
-BatchSize = Annotated[int, typer.Option(help="Sequences at a time.")]
-PromptLength = Annotated[int, typer.Option(help="Tokens of the prompt.")]
-NewTokens = Annotated[int, typer.Option(help="Tokens to decode.")]
-Rounds = Annotated[int, typer.Option(help="Timed passes of each side.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -117,109 +111,7 @@ def prune(
         run_prune(options, output)
 
 
-train_app = typer.Typer(
-    help="Train masks and weights together: from a dense model to a sparse one that is packed, saved and timed.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
 app.add_typer(train_app, name="train")
-
-
-@train_app.command("ast")
-def train_ast(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub name of a trained causal model.")],
-    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder to write.")],
-    dataset: Annotated[str, typer.Option(metavar="FILE", help="Training text: .txt .jsonl .parquet")],
-    tokens: Annotated[str | None, typer.Option(help="Tokens to train on, as 1.5M or 7B.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps, in place of --tokens.")] = None,
-    eval_dataset: Annotated[str | None, typer.Option(metavar="FILE", help="Held-out text for perplexity.")] = None,
-    pattern: Annotated[str, typer.Option(help="2:4 or any N:M.")] = "2:4",
-    learning_rate: Annotated[float, typer.Option(help="At its peak.")] = 2e-4,
-    batch_size: Annotated[int, typer.Option(help="Samples at a time, on each device.")] = 8,
-    gradient_accumulation_steps: Annotated[int, typer.Option(help="Batches in a step.")] = 1,
-    gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, more time.")] = False,
-    max_seq_length: Annotated[int, typer.Option(help="Tokens of a sample, at most.")] = 2048,
-    start: Annotated[str, typer.Option(help="First mask: magnitude, wanda, sparsegpt, ria or alps.")] = "sparsegpt",
-    kd_weight: Annotated[float, typer.Option(help="Weight of distillation; 0 for no teacher.")] = 2 / 3,
-    temperature: Annotated[float, typer.Option(help="Of distillation.")] = 2.0,
-    teacher_cache: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Cached logits in place of a teacher.")
-    ] = None,
-    slorb_group: Annotated[
-        int | None, typer.Option(help="Add a low-rank branch, inputs in a group: 16, 32 or 64.")
-    ] = None,
-    format: Annotated[
-        str | None, typer.Option(help="Train for this quantised format: semi24_int4, semi24_int8 or semi24_fp8.")
-    ] = None,
-    bf16: Annotated[bool | None, typer.Option("--bf16/--fp32", help="Compute in bf16. [where the device can]")] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="FIELD=VALUE", help="Any other field of sparsekit.AST or TrainingArguments."),
-    ] = None,
-    targets: Targets = None,
-    ignore: Ignore = None,
-    checkpoints: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Where checkpoints go. [OUT-checkpoints]")
-    ] = None,
-    save_steps: Annotated[int, typer.Option(help="Steps between checkpoints; the last two are kept.")] = 500,
-    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint.")] = False,
-    seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
-    backend: Backend = "auto",
-    packed: Annotated[bool, typer.Option("--packed/--dense", help="Save packed, or dense with zeros.")] = True,
-    dtype: Annotated[str, typer.Option(help="Of the trained weights: auto is float32.")] = "auto",
-    bench: Annotated[bool, typer.Option(help="End with dense against sparse on this machine.")] = True,
-    plot: Annotated[bool, typer.Option(help="Write training.png beside the model.")] = True,
-    json: JsonPath = None,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """AST: learn the mask while distilling from the dense model.
-
-    On several devices: accelerate launch -m sparsekit train ast ...
-    """
-    from sparsekit.cli.output import running
-
-    with running("train ast", json, quiet, debug) as output:
-        from sparsekit.cli.train import TrainOptions, parse_fields, run_train_ast
-
-        fields = {
-            "pattern": pattern,
-            "learning_rate": learning_rate,
-            "per_device_train_batch_size": batch_size,
-            "per_device_eval_batch_size": batch_size,
-            "gradient_accumulation_steps": gradient_accumulation_steps,
-            "gradient_checkpointing": gradient_checkpointing,
-            "max_seq_length": max_seq_length,
-            "start": start,
-            "kd_weight": kd_weight,
-            "temperature": temperature,
-            "teacher_cache": teacher_cache,
-            "slorb_group": slorb_group,
-            "format": format,
-            "targets": list(targets or ("Linear",)),
-            "ignore": list(ignore if ignore is not None else ("lm_head",)),
-            "save_steps": save_steps,
-            "save_total_limit": 2,
-            "seed": seed,
-        }
-        fields |= {"max_steps": steps} if steps is not None else {}
-        fields |= {"bf16": bf16} if bf16 is not None else {}
-        options = TrainOptions(
-            model=model,
-            out=out,
-            dataset=dataset,
-            eval_dataset=eval_dataset,
-            tokens=tokens,
-            checkpoints=checkpoints,
-            resume=resume,
-            backend=backend,
-            packed=packed,
-            dtype=dtype,
-            bench=bench,
-            plot=plot,
-            fields=fields | parse_fields(set_ or []),
-        )
-        run_train_ast(options, output)
 
 
 @app.command("eval")

@@ -8,8 +8,10 @@ import torch
 
 from sparsekit.checkpoint import MANIFEST, load
 from sparsekit.doctor import default_dtype, own_dtype_of, parse_dtype, read_config
+from sparsekit.files import why_not_writable
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 
 
 def load_model(name: str, dtype: str = "auto", device: str | None = None) -> tuple[Any, list[str]]:
@@ -52,6 +54,13 @@ def _hush_transformers() -> None:
         hub.enable_progress_bars()
 
 
+def hush_warnings() -> None:
+    """Keep transformers from logging what is no error."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+
+
 def load_tokenizer(name: str) -> Any:
     """Return the tokenizer beside a model.
 
@@ -91,6 +100,32 @@ def bytes_on_disk(folder: str | os.PathLike[str]) -> int | None:
 
 
 def need_file(path: str | None, option: str) -> None:
-    """Raise FileNotFoundError where an option names a file that is not there."""
+    """Raise FileNotFoundError where an option names a file that is not there, ValueError where it names a folder."""
+    if path is not None and Path(path).is_dir():
+        raise ValueError(f"{option} {path} is a folder: name one file, .txt, .jsonl or .parquet")
     if path is not None and not Path(path).is_file():
         raise FileNotFoundError(f"{option} {path}: there is no such file")
+
+
+def need_model(name: str) -> None:
+    """Raise FileNotFoundError where no model of text can be at this place, with all that is missing."""
+    folder = Path(name)
+    if folder.is_file():
+        raise NotADirectoryError(f"MODEL {name} is a file: name the folder that it lies in")
+    if folder.is_dir():
+        parts = {"config.json": ("config.json",), "weights": WEIGHT_FILES, "tokenizer": TOKENIZER_FILES}
+        missing = [part for part, globs in parts.items() if not any(any(folder.glob(glob)) for glob in globs)]
+        if missing:
+            raise FileNotFoundError(f"MODEL {name} is no whole model, there is no {', no '.join(missing)} in it")
+    read_config(name)
+
+
+def need_writable(path: str, option: str) -> None:
+    """Raise ValueError where the folder of an option could not be written, without leaving a trace."""
+    folder = Path(path).absolute()
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{option} {path} is a file: name a folder")
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise ValueError(f"{option} {path} is the working directory or holds it: name a folder of its own, as ./model")
+    if obstacle := why_not_writable(folder):
+        raise ValueError(f"{option} {path}: {obstacle}")

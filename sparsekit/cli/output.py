@@ -1,7 +1,6 @@
 """What a command shows, and what it writes to `--json`; errors become exit statuses here."""
 
 import sys
-import tempfile
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ import typer
 
 from sparsekit.benchmarking import environment
 from sparsekit.errors import SparsekitError
+from sparsekit.files import why_not_writable
 from sparsekit.report import Report, json_text, write_json
 
 WIDTH_OF_FILES = 140
@@ -25,15 +25,24 @@ class Output:
         progress: whether to show bars.
     """
 
-    def __init__(self, command: str, json_path: str | None, quiet: bool) -> None:
+    def __init__(self, command: str, json_path: str | None, quiet: bool, errors_only: bool) -> None:
         from rich.console import Console
 
         # Where the JSON goes to stdout, people read stderr.
         stream = sys.stderr if json_path == "-" else sys.stdout
-        self.console = Console(file=stream, width=None if stream.isatty() else WIDTH_OF_FILES)
+        self.console = Console(file=stream, width=None if stream.isatty() else WIDTH_OF_FILES, quiet=errors_only)
         self.progress = not quiet
         self.document: dict[str, Any] = {"command": command, "ok": True}
         self._json_path = json_path
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether errors alone are shown."""
+        return self.console.quiet
+
+    def be_silent(self) -> None:
+        """From now on show errors alone and write no JSON: of several processes one speaks."""
+        self.console.quiet, self.progress, self._json_path = True, False, None
 
     def add(self, name: str, report: Report, shown: Report | None = None) -> Report:
         """Show a report and keep it as `name`; `shown` is what people see of it where that differs."""
@@ -44,7 +53,7 @@ class Output:
         return report
 
     def say(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False)
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def warn(
         self,
@@ -57,7 +66,8 @@ class Output:
     ) -> None:
         """Show a warning in one line, and keep ours."""
         if category is UserWarning:
-            _complain(f"warning: {message}")
+            if not self.is_silent:
+                _complain(f"warning: {message}")
             self.document.setdefault("warnings", []).append(str(message))
 
     def write_json(self) -> None:
@@ -72,12 +82,18 @@ class Output:
 
 
 @contextmanager
-def running(command: str, json_path: str | None, quiet: bool, debug: bool) -> Iterator[Output]:
+def running(
+    command: str, json_path: str | None, quiet: bool, debug: bool, errors_only: bool = False
+) -> Iterator[Output]:
     """Yield the `Output` of one command, and end the process with the status that its outcome deserves.
 
     ValueError and a missing file are the caller's mistakes, 2; everything else that goes wrong is 1.
+
+    Args:
+        quiet: no bars.
+        errors_only: no reports and warnings either.
     """
-    output = Output(command, json_path, quiet)
+    output = Output(command, json_path, quiet, errors_only)
     if json_path is not None and (obstacle := _why_not_writable(json_path)):
         _complain(f"--json {json_path}: {obstacle}")
         raise typer.Exit(2)
@@ -86,15 +102,15 @@ def running(command: str, json_path: str | None, quiet: bool, debug: bool) -> It
             warnings.showwarning = output.warn
             yield output
         status = 0 if output.document["ok"] else 1
-    except KeyboardInterrupt:
-        _complain("interrupted: nothing was left half-written")
+    except KeyboardInterrupt as error:
+        _complain(" ".join(["interrupted: nothing was left half-written", *_notes(error)]))
         raise typer.Exit(130) from None
     except Exception as error:
         if debug:
             traceback.print_exc()
         mistake = isinstance(error, ValueError | FileNotFoundError | NotADirectoryError)
         status = 2 if mistake and not isinstance(error, SparsekitError) else 1
-        message = _one_line(error)
+        message = " ".join([_one_line(error), *_notes(error)])
         _complain(message)
         output.document |= {"ok": False, "error": message}
     try:
@@ -114,11 +130,9 @@ def _why_not_writable(json_path: str) -> str | None:
             return "is a folder, name a file"
         if json_path == "-" or (path.exists() and not path.is_file()):
             return None
-        folder = next(parent for parent in path.absolute().parents if parent.exists())
-        with tempfile.TemporaryFile(dir=folder, prefix=f".{path.name}."):
-            return None
     except OSError as error:
         return f"cannot be written ({error.strerror or error})"
+    return why_not_writable(path)
 
 
 def _complain(message: str) -> None:
@@ -129,3 +143,8 @@ def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     told = isinstance(error, SparsekitError | ValueError | OSError)
     return text if told else f"{type(error).__name__}: {text} (--debug shows where)"
+
+
+def _notes(error: BaseException) -> list[str]:
+    """Return what was added to an error on its way: where the work done so far is."""
+    return [f"({note})" for note in getattr(error, "__notes__", [])]

@@ -1,6 +1,5 @@
 """`sparsekit train ast`."""
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,20 +7,19 @@ from typing import Any
 
 import torch
 
-import sparsekit as sk
-from sparsekit.backends import BACKENDS
-from sparsekit.cli.models import load_model, load_tokenizer, need_file
+from sparsekit.backends import BACKENDS, resolve
+from sparsekit.cli.models import hush_warnings, load_model, load_tokenizer, need_file, need_model, need_writable
 from sparsekit.cli.output import Output
-from sparsekit.cli.prune import fitting_lengths, saved_report, short_check
-from sparsekit.cli.training_view import TrainingView, plot_training, refuse_without_matplotlib
-from sparsekit.doctor import default_dtype, own_dtype_of, read_config
+from sparsekit.cli.settings import parse_tokens
+from sparsekit.cli.trained import TrainedModel
+from sparsekit.cli.training_view import TrainingView, refuse_without_matplotlib
+from sparsekit.doctor import default_dtype, own_dtype_of, parse_dtype, read_config
 from sparsekit.evaluate import perplexity
-from sparsekit.files import replace_file
-from sparsekit.nn import sparse_layers
+from sparsekit.formats import WeightSpec
+from sparsekit.methods.base import holds_pattern
+from sparsekit.nn.side_columns import SideColumns
 from sparsekit.report import Report
-from sparsekit.sparsify import has_packed_format
-
-PLOT, LOG = "training.png", "training.jsonl"
+from sparsekit.targets import find_targets, weight_NK
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +31,7 @@ class TrainOptions:
     dataset: str
     eval_dataset: str | None
     tokens: str | None
-    checkpoints: str | None
+    checkpoints: str
     resume: bool
     backend: str
     packed: bool
@@ -50,129 +48,148 @@ class TrainOptions:
             raise ValueError("how long to train: give --tokens N (as 100M) or --steps N, one of the two")
         if not self.packed and self.fields.get("slorb_group") is not None:
             raise ValueError("--dense and --slorb-group: other tools read no branch; save packed, or train without one")
-        if self.backend != "auto":
-            BACKENDS.check(self.backend)
-        if "output_dir" in self.fields:
-            raise ValueError("--set output_dir: use --checkpoints DIR")
-        out = Path(self.out)
-        if out.exists() and not out.is_dir():
-            raise NotADirectoryError(f"OUT {out} is a file: name a folder")
-        if Path(self.model).exists() and out.exists() and out.samefile(self.model):
+        BACKENDS.check(self.backend)
+        parse_dtype(None if self.dtype == "auto" else self.dtype)
+        if Path(self.model).exists() and Path(self.out).exists() and Path(self.out).samefile(self.model):
             raise ValueError("OUT is MODEL: name another folder, so that the dense weights stay")
+        need_writable(self.out, "OUT")
+        need_writable(self.checkpoints, "--checkpoints")
         if self.plot:
             refuse_without_matplotlib()
+        need_model(self.model)
 
 
 def run_train_ast(options: TrainOptions, output: Output) -> None:
     """Train to 2:4 from the dense original, pack, check, save, and time against the dense model."""
     options.check()
+    if output.is_silent:
+        hush_warnings()
     tokenizer = load_tokenizer(options.model)
     model, notes = load_model(options.model, "float32" if options.dtype == "auto" else options.dtype, None)
-    trainer = _trainer(options, model, tokenizer)
-    is_first, out = trainer.is_world_process_zero(), Path(options.out)
+    config = make_config(options, model)
+    dtype = _deployed_dtype(options, config.device)
+    packs = options.packed and holds_pattern(config.format or "semi24", config.parsed_pattern)
+    if packs:
+        refuse_unrunnable(model, config, options.backend, dtype)
+    trainer = _make_trainer(options, model, config, tokenizer)
+    if not trainer.is_world_process_zero():
+        output.be_silent()
+        hush_warnings()
+    for line in beginning(trainer, options, packs):
+        output.say(line)
     lengths = {"max_seq_length": trainer.args.max_seq_length}
     quality = Report("Perplexity on " + str(options.eval_dataset))
-    if options.eval_dataset and is_first:
+    if options.eval_dataset and trainer.is_world_process_zero():
         found = perplexity(model, options.eval_dataset, tokenizer, progress=output.progress, **lengths)
         quality.rows.append({"model": "dense", "perplexity": found.value, "tokens": found.num_tokens})
-    with TrainingView(trainer, output.console if is_first else None, output.progress) as view:
+    with TrainingView(trainer, output.console, output.progress) as view:
         trainer.add_callback(view)
         trainer.train(resume_from_checkpoint=options.resume)
-    plan, trained = trainer.plan(), trainer.trained_model()
-    if not is_first:
+    trained = TrainedModel(trainer.trained_model(), trainer.plan(), Path(options.out), tokenizer, dtype)
+    if not trainer.is_world_process_zero():
         return
-    history = trainer.state.log_history
-    output.document["training"] = history
-    if options.eval_dataset:
-        found = perplexity(trained, options.eval_dataset, tokenizer, progress=output.progress, **lengths)
-        quality.rows.append({"model": "sparse", "perplexity": found.value, "tokens": found.num_tokens})
-        output.add("quality", quality)
-    trained = trained.to(_deployed_dtype(options, trained)).eval()
-    packs = options.packed and has_packed_format({name: trained.get_submodule(name) for name in plan.masks})
-    if packs:
-        sk.pack_(trained, plan.format or "auto", options.backend, scales=plan.scales or None, progress=output.progress)
-    report = sk.check(trained, plan)
-    report.notes += notes
-    output.add("check", report, shown=short_check(report))
-    is_packed = options.packed and bool(sparse_layers(trained))
-    sk.save(trained, out, packed=is_packed, tokenizer=tokenizer)
-    plan.save(out / "plan.safetensors")
-    with replace_file(out / LOG) as file:
-        file.write_text("".join(json.dumps(line) + "\n" for line in history))
-    if options.plot:
-        plot_training(history, trainer.freeze_step, out / PLOT)
-    output.add("saved", saved_report(trained, options.model, options.out, is_packed))
-    if options.packed and not is_packed:
-        output.say(
-            f"no packed format holds {trainer.args.pattern} weights: saved dense, with zeros, and no faster for them"
-        )
-    if options.bench:
-        output.add("benchmark", sk.benchmark(trained, progress=output.progress, **fitting_lengths(trained)))
+    output.document["training"] = trained.history = trainer.state.log_history
+    with trained.kept_on_failure():
+        if options.eval_dataset:
+            found = perplexity(trained.model, options.eval_dataset, tokenizer, progress=output.progress, **lengths)
+            quality.rows.append({"model": "sparse", "perplexity": found.value, "tokens": found.num_tokens})
+            output.add("quality", quality)
+        trained.finish(output, options.model, notes, backend=options.backend if packs else None)
+        if options.plot:
+            trained.draw(trainer.freeze_step)
+        if options.bench:
+            trained.time(output)
 
 
-def _trainer(options: TrainOptions, model: Any, tokenizer: Any) -> Any:
-    from sparsekit.train import ASTConfig, ASTTrainer
+def make_config(options: TrainOptions, model: Any) -> Any:
+    """Return the `sk.AST`, with what the command chooses where it is not told: steps, precision, logs, evaluations."""
+    from sparsekit.train import ASTConfig
 
     fields = dict(options.fields)
     fields.setdefault("bf16", _has_fast_bf16())
-    fields["output_dir"] = options.checkpoints or f"{options.out}-checkpoints"
-    config = ASTConfig.from_dict(fields)
+    config = ASTConfig.from_dict(fields | {"output_dir": options.checkpoints})
     config.disable_tqdm = True
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     config.max_seq_length = min(config.max_seq_length, limit or config.max_seq_length)
     if options.tokens is not None:
-        batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * max(config.world_size, 1)
-        config.max_steps = math.ceil(parse_tokens(options.tokens) / (batch * config.max_seq_length))
+        config.max_steps = math.ceil(parse_tokens(options.tokens) / (_batch(config) * config.max_seq_length))
+    if config.max_steps < 1:
+        raise ValueError(f"--steps {config.max_steps}: at least 1")
     if options.eval_dataset and config.eval_strategy == "no":
         config.eval_strategy, config.eval_steps = "steps", max(1, config.max_steps // 8)
     if "logging_steps" not in fields:
         config.logging_steps = max(1, config.max_steps // 50)
-    return ASTTrainer(model, config, options.dataset, options.eval_dataset, tokenizer)
+    return config
+
+
+def _make_trainer(options: TrainOptions, model: Any, config: Any, tokenizer: Any) -> Any:
+    """Return the trainer; where it refuses, the folder of checkpoints that it makes is gone again."""
+    from sparsekit.train import ASTTrainer
+
+    folder = Path(options.checkpoints)
+    existed = folder.exists()
+    try:
+        return ASTTrainer(model, config, options.dataset, options.eval_dataset, tokenizer)
+    except BaseException:
+        if not existed and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
+
+
+def beginning(trainer: Any, options: TrainOptions, packs: bool) -> list[str]:
+    """Return what people read before the first step: how much is trained on, what happens when, what comes out."""
+    args, samples = trainer.args, trainer.train_samples
+    processes, length = max(args.world_size, 1), len(samples[0]["input_ids"])
+    tokens = _batch(args) * length * args.max_steps
+    freezes_at = round(args.max_steps * (1 - args.mask_freeze_ratio)) if args.mask_update_steps else 0
+    saves = f"a checkpoint every {_steps(args.save_steps)} in {args.output_dir}"
+    lines = [
+        f"{processes} {'process' if processes == 1 else 'processes'} × {args.per_device_train_batch_size} samples × "
+        f"{args.gradient_accumulation_steps} accumulated × {length} tokens = {_batch(args) * length:,} tokens a step; "
+        f"{args.max_steps:,} steps; {tokens:,} tokens, {tokens / samples.num_tokens:.3g} passes over the dataset",
+        f"on {args.device.type}{' in bf16' if args.bf16 else ''}; a line every {_steps(args.logging_steps)}; "
+        f"{_evaluations(args)}; masks stay from step {freezes_at:,} on",
+        saves if args.save_strategy == "steps" else f"checkpoints: {args.save_strategy}",
+    ]
+    if options.packed and not packs:
+        lines.append(
+            f"no packed format holds {args.pattern} weights: the result will be saved dense, with zeros, and be no "
+            "faster for them. 2:4 has one"
+        )
+    return lines
+
+
+def _evaluations(args: Any) -> str:
+    if args.eval_strategy == "no":
+        return "no evaluation (--eval-dataset)"
+    return f"an evaluation every {'epoch' if args.eval_strategy == 'epoch' else _steps(args.eval_steps)}"
+
+
+def _steps(number: float) -> str:
+    return "step" if number == 1 else f"{number:,} steps"
+
+
+def _batch(config: Any) -> int:
+    """Samples of one optimizer step, on all devices."""
+    return config.per_device_train_batch_size * config.gradient_accumulation_steps * max(config.world_size, 1)
+
+
+def refuse_unrunnable(model: Any, config: Any, backend: str, dtype: torch.dtype) -> None:
+    """Raise Unsupported where the backend cannot run what training will give, before training."""
+    for layer in find_targets(model, config.targets, config.ignore).values():
+        N, K = weight_NK(layer).shape
+        if config.slorb_group is not None:
+            rank = -(-K // config.slorb_group)
+            K = SideColumns(K, rank, config.slorb_group, config.slorb_train_x).packed_features
+        resolve(backend, WeightSpec(config.format or "semi24", N, K, dtype), config.device)
 
 
 def _has_fast_bf16() -> bool:
     return torch.cuda.is_bf16_supported() if torch.cuda.is_available() else torch.cpu._is_avx512_bf16_supported()
 
 
-def _deployed_dtype(options: TrainOptions, model: Any) -> torch.dtype:
+def _deployed_dtype(options: TrainOptions, device: torch.device) -> torch.dtype:
     """Return the dtype to pack in: fp32 is for training, the checkpoint's own for running."""
-    parameter = next(model.parameters())
-    if options.dtype != "auto":
-        return parameter.dtype
+    named = parse_dtype(None if options.dtype == "auto" else options.dtype)
     own = own_dtype_of(read_config(options.model), options.model)
-    return default_dtype(own, parameter.device)[0] or parameter.dtype
-
-
-def parse_fields(settings: list[str]) -> dict[str, Any]:
-    """Return {"hysteresis": 0.1} for ["hysteresis=0.1"]; values are read as JSON, or else as text.
-
-    Raises:
-        ValueError: one is no FIELD=VALUE.
-    """
-    fields: dict[str, Any] = {}
-    for setting in settings:
-        name, equals, value = setting.partition("=")
-        if not equals or not name:
-            raise ValueError(f"--set {setting!r}: FIELD=VALUE, as hysteresis=0.1")
-        try:
-            fields[name] = json.loads(value)
-        except json.JSONDecodeError:
-            fields[name] = value
-    return fields
-
-
-def parse_tokens(text: str) -> int:
-    """Return the number of "250000", "1.5M" or "7B".
-
-    Raises:
-        ValueError: something else stands there.
-    """
-    units = {"k": 1e3, "m": 1e6, "b": 1e9}
-    unit = units.get(text[-1:].lower())
-    try:
-        number = float(text[:-1]) * unit if unit else float(text)
-    except ValueError as error:
-        raise ValueError(f"--tokens {text!r}: a number, as 250000, 1.5M or 7B") from error
-    if not 1 <= number < 1e15:
-        raise ValueError(f"--tokens {text!r}: at least 1")
-    return round(number)
+    return named or default_dtype(own, device)[0] or torch.float32

@@ -2,6 +2,7 @@
 
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -98,8 +99,34 @@ def refuse_without_matplotlib() -> None:
         ) from error
 
 
+@dataclass(frozen=True)
+class Panel:
+    """What a panel of the plot shows.
+
+    Attributes:
+        curves: key of the log -> name.
+        is_log: for numbers that fall through orders of magnitude, to zero maybe.
+    """
+
+    title: str
+    unit: str
+    curves: dict[str, str]
+    is_log: bool = False
+
+
+PANELS = (
+    Panel("Training loss", "all terms, nats a token", {"loss": "training loss"}),
+    Panel("Perplexity", "of held-out text", {"eval_perplexity": "perplexity"}),
+    Panel("Distance from the teacher", "KL, nats a token", {"kd_loss": "KL from the teacher"}),
+    Panel("Flips", "share of the weights", {"flip_rate": "at a refresh", "initial_flip_rate": "since the start"}, True),
+    Panel("Pull on removed weights", "lambda", {"masked_decay": "lambda"}),
+    Panel("What is left of removed weights", "share of the energy", {"masked_energy": "masked energy"}, True),
+)
+COLORS, GREY = ("#2563a8", "#d9782d"), "#777777"
+
+
 def plot_training(history: list[dict[str, Any]], freeze_step: int, path: Path) -> None:
-    """Write a PNG with loss and perplexity, flip rates, and lambda over the steps.
+    """Write a PNG of what the log holds over the steps: a panel for each kind of number, on an axis of its own.
 
     Args:
         history: `trainer.state.log_history`.
@@ -107,36 +134,49 @@ def plot_training(history: list[dict[str, Any]], freeze_step: int, path: Path) -
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(8, 9), layout="constrained")
+    logged = {key for entry in history for key in entry}
+    shown = [panel for panel in PANELS if logged & panel.curves.keys()] or list(PANELS[:1])
+    rows = math.ceil(len(shown) / 2)
+    figure = Figure(figsize=(11, 2.7 * rows + 0.6), layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.1))
     FigureCanvasAgg(figure)
-    panels = figure.subplots(3, 1, sharex=True)
-    groups = (
-        ("loss", {"loss": "training loss", "kd_loss": "KL from the teacher", "eval_loss": "held-out cross entropy"}),
-        ("share of the weights", {"flip_rate": "flips at a refresh", "initial_flip_rate": "since the start"}),
-        ("pull on removed weights", {"masked_decay": "lambda", "masked_energy": "masked energy"}),
-    )
-    for panel, (title, keys) in zip(panels, groups, strict=True):
-        for key, label in keys.items():
-            points = [(entry["step"], entry[key]) for entry in history if key in entry]
-            target = panel
-            if key == "masked_energy" and points:
-                target = panel.twinx()
-                target.set_ylabel(label)
-                target.set_yscale("log")
-            if points:
-                target.plot(
-                    *zip(*points, strict=True),
-                    label=label,
-                    marker="." if len(points) < 30 else None,
-                    color="tab:orange" if target is not panel else None,
-                )
-        panel.set_ylabel(title)
-        panel.axvline(freeze_step, color="grey", linestyle=":", label="masks stay")
-        panel.legend(loc="upper right")
-    panels[1].set_yscale("symlog", linthresh=1e-6)
-    panels[-1].set_xlabel("optimizer step")
-    figure.savefig(path, dpi=120, format="png")
+    axes = figure.subplots(rows, 2, squeeze=False, sharex=True).flatten()
+    for panel, panel_axes in zip(shown, axes, strict=False):
+        _draw(panel, panel_axes, history)
+        line = panel_axes.axvline(freeze_step, color=GREY, linestyle=(0, (2, 2)), linewidth=1)
+    for unused in axes[len(shown) :]:
+        unused.remove()
+    for lowest in axes[max(len(shown) - 2, 0) : len(shown)]:
+        lowest.set_xlabel("optimizer step", color=GREY)
+        lowest.tick_params(labelbottom=True)
+    figure.legend([line], [f"masks stay from step {freeze_step:,} on"], loc="outside lower center", frameon=False)
+    figure.savefig(path, dpi=130, format="png")
+
+
+def _draw(panel: Panel, axes: Any, history: list[dict[str, Any]]) -> None:
+    """Draw the curves of a panel, their names above it."""
+    values: list[float] = []
+    for (key, name), color in zip(panel.curves.items(), COLORS, strict=False):
+        points = [(entry["step"], entry[key]) for entry in history if key in entry]
+        if points:
+            marker = "o" if len(points) < 30 else None
+            axes.plot(*zip(*points, strict=True), label=name, color=color, linewidth=1.7, marker=marker, markersize=3.5)
+        values += [value for _, value in points]
+    if panel.is_log and values and min(values) > 0:
+        axes.set_yscale("log")
+    elif panel.is_log and any(values):
+        axes.set_yscale("symlog", linthresh=min(value for value in values if value))
+    if panel.is_log and 0 in values:
+        axes.set_ylim(bottom=0)
+    axes.set_title(panel.title, loc="left", fontsize=11, fontweight="bold")
+    axes.set_ylabel(panel.unit, color=GREY)
+    if axes.lines:
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=9, borderaxespad=0.3)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(color="#ececec", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _clock(seconds: float) -> str:

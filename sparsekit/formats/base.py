@@ -12,7 +12,8 @@ from sparsekit.registry import Registry
 
 LAYOUT_VERSION = 3
 """Of the canonical layouts; a later one is refused. Written into every checkpoint is the first that has all that is in
-it: 1, 2 where a weight has a side branch, or 3 where layers have sizes that the model's config cannot say."""
+it: 1, 2 where a packed weight has a side branch, or 3 where one has that is not packed, or where layers have sizes that
+the model's config cannot say."""
 
 
 @dataclass(frozen=True)

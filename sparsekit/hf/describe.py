@@ -38,9 +38,13 @@ def describe_layers(layers: dict[str, SparseLinear]) -> dict[str, dict[str, Any]
     }
 
 
-def layout_version(layers: dict[str, dict[str, Any]], widths: dict[str, list[int]] | None = None) -> int:
+def layout_version(
+    layers: dict[str, dict[str, Any]],
+    widths: dict[str, list[int]] | None = None,
+    branches: dict[str, dict[str, Any]] | None = None,
+) -> int:
     """Return the version that a reader of what is so described must know, see `LAYOUT_VERSION`."""
-    return 3 if widths else 2 if any("side" in described for described in layers.values()) else 1
+    return 3 if widths or branches else 2 if any("side" in described for described in layers.values()) else 1
 
 
 def widths_of(model: nn.Module) -> dict[str, list[int]]:

@@ -7,7 +7,7 @@ would go on with random weights, so the checkpoint also carries one empty tensor
 shape fits nothing, and stock transformers refuses to load it. Layers that are cut have shapes that do not fit anyway.
 """
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn as nn
@@ -19,6 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from sparsekit.errors import CheckpointError, Unsupported
 from sparsekit.formats import FORMATS, LAYOUT_VERSION
 from sparsekit.hf import QUANT_METHOD
+from sparsekit.hf.branches import StoredBranch, describe_branches, install_stored_, with_stored_names
 from sparsekit.hf.describe import describe_layers, forget_packed_
 from sparsekit.nn import (
     SIZES,
@@ -27,6 +28,7 @@ from sparsekit.nn import (
     linear_size,
     replace_layer_,
     resize_,
+    side_layers,
     sparse_layers,
     warn_of_fallbacks,
 )
@@ -46,6 +48,7 @@ class SparsekitConfig(QuantizationConfigMixin):
         widths: qualified name -> [out_features, in_features] of the layers whose sizes the rest of the config cannot
             say.
         sizes: qualified name of a module -> attributes that must agree with them, as {"num_heads": 3}.
+        branches: qualified name -> {shape, source, bias, side}, of layers with a side branch that are not packed.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class SparsekitConfig(QuantizationConfigMixin):
         backend: str = "auto",
         widths: dict[str, list[int]] | None = None,
         sizes: dict[str, dict[str, int]] | None = None,
+        branches: dict[str, dict[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
         self.quant_method: Any = QUANT_METHOD  # transformers' own enum cannot be extended
@@ -63,10 +67,12 @@ class SparsekitConfig(QuantizationConfigMixin):
         self.backend = backend
         self.widths = widths or {}
         self.sizes = sizes or {}
+        self.branches = branches or {}
 
     def to_dict(self) -> dict[str, Any]:
-        cut = {"widths": self.widths, "sizes": self.sizes} if self.widths else {}
-        return {"quant_method": QUANT_METHOD, "layout_version": self.layout_version, "layers": self.layers, **cut}
+        described = {"quant_method": QUANT_METHOD, "layout_version": self.layout_version, "layers": self.layers}
+        described |= {"widths": self.widths, "sizes": self.sizes} if self.widths else {}
+        return described | ({"branches": self.branches} if self.branches else {})
 
     def of_widths_alone(self) -> "SparsekitConfig | None":
         """Return what is to be said of the model without packed layers; None where that is nothing."""
@@ -75,10 +81,15 @@ class SparsekitConfig(QuantizationConfigMixin):
 
 @register_quantizer(QUANT_METHOD)
 class SparsekitQuantizer(HfQuantizer):
-    """Gives layers their sizes, and swaps packed ones for empty `SparseLinear`, before loading; prepares them after."""
+    """Gives layers their sizes, and swaps the named ones for empty ones, before loading; prepares them after.
+
+    Attributes:
+        state_dict: what to save in place of the model's own, which may be sharded.
+    """
 
     requires_calibration = True
     quantization_config: SparsekitConfig
+    state_dict: dict[str, Tensor] | None = None
 
     def __init__(self, quantization_config: SparsekitConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -94,40 +105,47 @@ class SparsekitQuantizer(HfQuantizer):
             )
         if quantization_config.widths or quantization_config.sizes:
             check_widths(quantization_config.widths, quantization_config.sizes)
-        if quantization_config.layers or not quantization_config.widths:
-            check_described(quantization_config.layers)
+        if quantization_config.layers or quantization_config.branches or not quantization_config.widths:
+            check_described(quantization_config.layers, quantization_config.branches)
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config = self.quantization_config
         if config.widths:
             config.widths, config.sizes = resize_layers_(model, config.widths, config.sizes)
-        if not config.layers:
+        if not config.layers | config.branches:
             return model
-        tripwire = tripwire_name(config.layers)
-        config.layers = swap_in_empty_(model, config.layers, config.backend)
-        for name in config.layers:  # or transformers would draw, and throw away, a random weight for each
+        tripwire = tripwire_name(config.layers | config.branches)
+        if config.layers:
+            config.layers = swap_in_empty_(model, config.layers, config.backend)
+        if config.branches:
+            config.branches = swap_in_stored_(model, config.branches)
+        # Else transformers would draw, and throw away, a random weight for each.
+        for name in config.layers | config.branches:
             model.get_submodule(name)._is_hf_initialized = True
         ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])
         model._keys_to_ignore_on_load_unexpected = ignored | {tripwire.replace(".", r"\.")}
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        layers = self.quantization_config.layers
+        layers, branches = self.quantization_config.layers, self.quantization_config.branches
         if self.quantization_config.widths:
             refuse_other_sizes(model)
-        if layers:
-            refuse_missing(model, layers)
-            prepare_layers_(model, layers)
-        else:  # a model of odd sizes, and else an ordinary one: that can be cast, and trained
+        refuse_missing(model, layers | branches)
+        prepare_layers_(model, layers)
+        install_stored_(model, branches)
+        if not layers:  # nothing is quantised, and the model can be cast, and trained, as any other
             forget_packed_(model)
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         # Layers may have been renamed since they were described, as adapters do.
-        self.quantization_config.layers = describe_layers(sparse_layers(model)) or self.quantization_config.layers
-        state_dict = model.state_dict()
-        state_dict[tripwire_name(self.quantization_config.layers)] = torch.empty(0)
-        version = self.quantization_config.layout_version
+        config = self.quantization_config
+        config.layers = describe_layers(sparse_layers(model)) or config.layers
+        branches = describe_branches(side_layers(model))
+        own = model.state_dict() if self.state_dict is None else self.state_dict
+        state_dict = with_stored_names(own, branches)
+        state_dict[tripwire_name(config.layers | branches)] = torch.empty(0)
+        version = config.layout_version
         return state_dict, {"sparsekit": f"packed, layout version {version}: import sparsekit before loading"}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -207,17 +225,19 @@ def refuse_other_sizes(model: nn.Module) -> None:
             raise CheckpointError(f"{name}.weight has other shapes than its config.json says: {shape} for {size}")
 
 
-def check_described(layers: dict[str, dict[str, Any]]) -> None:
-    """Raise CheckpointError unless each layer is described as `describe_layers` does."""
-    if not isinstance(layers, dict) or not layers:
+def check_described(layers: dict[str, dict[str, Any]], branches: dict[str, dict[str, Any]] | None = None) -> None:
+    """Raise CheckpointError unless each layer is described as `describe_layers`, or `describe_branches`, does."""
+    branches = branches or {}
+    if not isinstance(layers, dict) or not isinstance(branches, dict) or not layers | branches:
         raise CheckpointError("config.json names no packed layer: it was altered, fetch the checkpoint again")
-    for name, described in layers.items():
+    for name, described in (layers | branches).items():
         if not isinstance(described, dict):
             raise CheckpointError(f"config.json describes {name} as {described!r}: fetch the checkpoint again")
-        missing = [key for key in ("format", "shape", "source", "bias") if key not in described]
+        own = "side" if name in branches else "format"
+        missing = [key for key in (own, "shape", "source", "bias") if key not in described]
         if missing:
             raise CheckpointError(f"config.json does not give the {missing[0]} of {name}: fetch the checkpoint again")
-        if described["format"] not in FORMATS:
+        if name in layers and described["format"] not in FORMATS:
             raise CheckpointError(
                 unknown(f"format of {name}", described["format"], list(FORMATS)) + " Upgrade sparsekit"
             )
@@ -249,11 +269,7 @@ def swap_in_empty_(
         if name is None:
             continue
         dense: Any = model.get_submodule(name)
-        shape = list(dense.weight.shape)
-        if described["source"] == "Conv1D":
-            shape.reverse()
-        if shape != list(described["shape"]):
-            raise CheckpointError(f"{name} is packed as {described['shape']}, the model's config makes it {shape}")
+        shape = _shape_of(name, dense, described)
         format = FORMATS.get(described["format"])
         if dense.weight.dtype not in format.dtypes:
             raise Unsupported(
@@ -278,12 +294,37 @@ def swap_in_empty_(
         parent, _, attribute = name.rpartition(".")
         model.get_submodule(parent)._modules[attribute] = sparse.train(dense.training)
         found[name] = described
-    if not found:
-        raise CheckpointError(
-            f"the checkpoint packs {next(iter(layers), 'nothing')} and others, {type(model).__name__} has none of "
-            "them: load it with the class that saved it"
-        )
-    return found
+    return found or _none_found(model, layers)
+
+
+def swap_in_stored_(model: nn.Module, branches: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Replace the named dense layers by empty ones with a side branch; returns and raises as `swap_in_empty_`."""
+    found: dict[str, dict[str, Any]] = {}
+    for stored_name, described in branches.items():
+        if (name := _name_in(model, stored_name)) is None:
+            continue
+        dense: Any = model.get_submodule(name)
+        _shape_of(name, dense, described)
+        replace_layer_(model, name, StoredBranch(described, dense.weight).train(dense.training))
+        found[name] = described
+    return found or _none_found(model, branches)
+
+
+def _shape_of(name: str, dense: Any, described: dict[str, Any]) -> list[int]:
+    """Return [N, K] of a layer of the model, which the checkpoint must have, too."""
+    shape = list(dense.weight.shape)
+    if described["source"] == "Conv1D":
+        shape.reverse()
+    if shape != list(described["shape"]):
+        raise CheckpointError(f"{name} is packed as {described['shape']}, the model's config makes it {shape}")
+    return shape
+
+
+def _none_found(model: nn.Module, layers: dict[str, dict[str, Any]]) -> NoReturn:
+    raise CheckpointError(
+        f"the checkpoint packs {next(iter(layers), 'nothing')} and others, {type(model).__name__} has none of them: "
+        "load it with the class that saved it"
+    )
 
 
 def _name_in(model: nn.Module, stored_name: str) -> str | None:

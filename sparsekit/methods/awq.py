@@ -35,7 +35,7 @@ _WEAKEST = 1e-4
 class AWQ(SparseGPT):
     """Rounding to a quantised format with scaled inputs; weights that break the pattern are first pruned by SparseGPT.
 
-    Without a quantised format there is nothing to scale for, and this is SparseGPT.
+    Without a quantised format there is nothing to scale for, and this is SparseGPT, as `prune_` warns.
 
     Attributes:
         compensate: let the columns to come make up for what rounding does to one, as SparseGPT and GPTQ do. False:

@@ -140,14 +140,18 @@ class OneShot(ABC):
         return cls(**fields)
 
 
-def _check_format(format: str, pattern: Pattern) -> None:
-    """Raise ValueError unless the format holds whatever the pattern allows.
+def holds_pattern(format: str, pattern: Pattern) -> bool:
+    """Return whether a packed format holds whatever the pattern allows.
 
     A format judges weights, not patterns, so it is shown the one whose kept entries crowd along the diagonal.
     """
     kind, index = FORMATS.get(format), torch.arange(256)
     crowded = pattern.project(-(index[:, None] - index).abs().float())
-    if kind.count_violations(crowded.to(kind.dtypes[0]))[0]:
+    return kind.count_violations(crowded.to(kind.dtypes[0]))[0] == 0
+
+
+def _check_format(format: str, pattern: Pattern) -> None:
+    if not holds_pattern(format, pattern):
         raise ValueError(
             f"format={format!r} does not hold the pattern {pattern}: leave format out, or take another pattern (2:4 "
             "fits every semi24 format)"

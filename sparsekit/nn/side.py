@@ -7,6 +7,7 @@ gives back a part of what a mask took: the same S_ni for every input of group i.
 
 import copy
 import warnings
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -16,6 +17,9 @@ from torch import Tensor
 from sparsekit.nn.places import plain_layer, replace_layer_
 from sparsekit.nn.side_columns import group_sums
 from sparsekit.plan import SideBranch
+
+STORED_WEIGHT = "side_W"
+"""Name of the weight beside a branch in a checkpoint of transformers, see `sparsekit.hf.branches`."""
 
 
 def block_indicator(K: int, group: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -112,6 +116,14 @@ class SideLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.weight, self.bias) + F.linear(self.reduce(input), self.side_S)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load, also from what `save_pretrained` wrote, as a trainer does that resumes."""
+        if prefix + STORED_WEIGHT in state_dict:
+            state_dict[prefix + "weight"] = state_dict.pop(prefix + STORED_WEIGHT)
+        elif (found := state_dict.get(prefix + "weight")) is not None and not found.numel():  # it is in another file
+            del state_dict[prefix + "weight"]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         X = "trained" if self.side_X is not None else f"sums of {self.group}"

@@ -1,6 +1,5 @@
 """Arguments of AST: adaptive sparse training with annealed decay and distillation (arXiv 2407.20584)."""
 
-import copy
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -12,10 +11,10 @@ from sparsekit.methods.grid import is_quantised
 from sparsekit.nn import remember_grid_
 from sparsekit.plan import Plan
 from sparsekit.registry import unknown
-from sparsekit.train.config import SparseTrainingArguments, check_not_negative, check_share
+from sparsekit.train.config import SparseTrainingArguments, check_not_negative, check_share, check_whole
 from sparsekit.train.optimizer import MASKED_DECAY_KINDS
+from sparsekit.train.start import check_start
 
-START_METHODS = ("magnitude", "wanda", "sparsegpt", "ria", "alps")
 KD_KINDS = ("forward_kl", "reverse_kl")
 SLORB_INITS = ("mean", "data", "svd")
 
@@ -43,7 +42,8 @@ class ASTConfig(SparseTrainingArguments):
         square_head_weight: weight of the distance between hidden states, layer by layer (arXiv 2310.06927).
         teacher_cache: folder that `write_teacher_cache` (sparsekit.train.teacher_cache) wrote; there is then no teacher
             in memory.
-        slorb_group: k of SLoRB: inputs that share a column of the low-rank branch; None for no branch.
+        slorb_group: k of SLoRB: inputs that share a column of the low-rank branch, 2 or more (the paper: 16, 32 or 64;
+            the fewer, the larger and better the branch); None for no branch.
         slorb_init: S from the "mean" of the removed weights (section 3.4), the closed form with the inputs' second
             moments ("data"), or a truncated SVD of the same size ("svd").
         slorb_train_x: train X too (the paper); otherwise it is a reshape and a sum, and takes no storage.
@@ -60,7 +60,7 @@ class ASTConfig(SparseTrainingArguments):
     masked_decay_kind: str = "decoupled"
     masked_decay: Any = "auto"
     masked_decay_warmup: float = 0.25
-    hysteresis: float = 0.05
+    hysteresis: float = 0.3
     mask_freeze_ratio: float = 0.15
     kd_weight: float = 2 / 3
     ce_weight: float | None = None
@@ -73,7 +73,7 @@ class ASTConfig(SparseTrainingArguments):
     slorb_train_x: bool = False
     slorb_refit: bool = True
     format: str | None = None
-    quantise_ratio: float = 0.1
+    quantise_ratio: float = 0.15
     num_calibration_samples: int = 128
     output_dir: str | None = field(default="ast-output")
 
@@ -83,24 +83,23 @@ class ASTConfig(SparseTrainingArguments):
             check_share(name, getattr(self, name))
         if self.ce_weight is None:
             self.ce_weight = 1 - self.kd_weight
-        for name in ("hysteresis", "ce_weight", "square_head_weight"):
+        for name in ("hysteresis", "ce_weight", "square_head_weight", "temperature"):
             check_not_negative(name, getattr(self, name))
         assert self.ce_weight is not None
         if self.kd_weight + self.ce_weight + self.square_head_weight == 0:
             raise ValueError("kd_weight, ce_weight and square_head_weight are all 0: there is nothing to learn from")
-        if not self.temperature > 0:
+        if self.temperature == 0:
             raise ValueError(f"temperature={self.temperature!r} must be greater than 0, as 2.0")
         _choose("masked_decay_kind", self.masked_decay_kind, MASKED_DECAY_KINDS)
         _choose("kd_kind", self.kd_kind, KD_KINDS)
         _choose("slorb_init", self.slorb_init, SLORB_INITS)
-        if isinstance(self.start, str):
-            _choose("start", self.start, START_METHODS)
+        check_start("start", self.start)
         if self.masked_decay != "auto":
             check_not_negative("masked_decay", self.masked_decay)
-        if not isinstance(self.mask_update_steps, int) or self.mask_update_steps < 0:
-            raise ValueError(f"mask_update_steps={self.mask_update_steps!r} must be a whole number; 0 keeps the mask")
-        if self.slorb_group is not None and (not isinstance(self.slorb_group, int) or self.slorb_group < 2):
-            raise ValueError(f"slorb_group={self.slorb_group!r} must be a whole number of inputs, as 16, or None")
+        check_whole("mask_update_steps", self.mask_update_steps, at_least=0)
+        check_whole("num_calibration_samples", self.num_calibration_samples)
+        if self.slorb_group is not None:
+            check_whole("slorb_group", self.slorb_group, at_least=2)
         if self.format is not None:
             FORMATS.get(self.format)
             if not is_quantised(self.format) or self.pattern != "2:4":
@@ -133,10 +132,13 @@ class ASTConfig(SparseTrainingArguments):
         """
         from sparsekit.train.ast_trainer import ASTTrainer
         from sparsekit.train.restore import restored_whole_on_failure
+        from sparsekit.train.teachers import teaching_copy
 
         config = self.for_layers(targets, ignore)
         config.disable_tqdm = config.disable_tqdm or not progress
-        teacher = copy.deepcopy(model) if config.needs_teacher else None
+        # On the CPU what a smaller teacher saves would be lost twice over, on a copy of the weights to go back to.
+        autocast = None if config.device.type == "cpu" else config.autocast_dtype
+        teacher = teaching_copy(model, autocast) if config.needs_teacher else None
         with restored_whole_on_failure(model, twin=teacher):
             trainer = ASTTrainer(model, config, dataset, processing_class=tokenizer, teacher=teacher)
             if trainer.is_fsdp_enabled:

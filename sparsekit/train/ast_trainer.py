@@ -6,7 +6,6 @@ loss, the first mask and the low-rank branches. Masks change after an optimizer 
 accumulation and gradient checkpointing see one mask, and every rank chooses the same.
 """
 
-import copy
 import dataclasses
 from typing import Any
 
@@ -18,15 +17,14 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from sparsekit.archs import vocabulary_size
 from sparsekit.calibration import Hessian, Walk, load_samples
-from sparsekit.errors import PatternError, Unsupported
+from sparsekit.errors import Unsupported
 from sparsekit.interrupt import uninterrupted
 from sparsekit.masks import Mask
-from sparsekit.methods import method_config
 from sparsekit.nn.places import replace_layer_
 from sparsekit.nn.side import SideLinear, block_indicator, install_side_, side_layers
-from sparsekit.patterns import NM, parse_pattern
+from sparsekit.patterns import NM
 from sparsekit.plan import MadeBy, Plan, SideBranch
-from sparsekit.prune import installed_versions, prune_
+from sparsekit.prune import installed_versions
 from sparsekit.targets import find_targets, is_conv1d, set_weight_NK_, weight_NK
 from sparsekit.train.ast_config import ASTConfig
 from sparsekit.train.data import IGNORED, collate
@@ -35,9 +33,10 @@ from sparsekit.train.fake_quant import FakeQuant, begin_rounding_
 from sparsekit.train.lowrank import fit_side
 from sparsekit.train.optimizer import MaskedAdamW, MaskStatistics
 from sparsekit.train.refit import refit_branches_
-from sparsekit.train.schedules import MaskedDecay, peak_for
+from sparsekit.train.schedules import MaskedDecay, begun_anew, peak_for
+from sparsekit.train.start import one_shot_, part_for
 from sparsekit.train.teacher_cache import CachedTeacher
-from sparsekit.train.teachers import Teacher
+from sparsekit.train.teachers import Teacher, teaching_copy
 from sparsekit.train.trainer import (
     Callback,
     SparseTrainer,
@@ -49,6 +48,9 @@ from sparsekit.train.trainer import (
 
 FOLLOW = 0.3
 """lambda * rms(W) / rms(M) at its peak, where lambda follows the gradients. The useful range is 0.1 to 1."""
+
+ROUNDING_RATE = 0.2
+"""Share of `learning_rate` at which the phase that rounds begins, at least."""
 
 
 class ASTTrainer(SparseTrainer):
@@ -62,7 +64,8 @@ class ASTTrainer(SparseTrainer):
         args: what to do.
         train_dataset, eval_dataset: text, or tokens; see `sparsekit.train.data.training_samples`.
         processing_class: tokenizer, for text.
-        teacher: the dense original; None takes a copy of `model`. Not used where the loss needs none.
+        teacher: the dense original, which stays in its dtype; None takes a copy of `model`, see `teaching_copy`. Not
+            used where the loss needs none.
         **kwargs: of `transformers.Trainer`.
     Raises:
         ValueError: bad arguments or data, or a teacher with another vocabulary.
@@ -93,7 +96,7 @@ class ASTTrainer(SparseTrainer):
         if args.needs_teacher:
             if teacher is model:
                 raise ValueError("teacher is the model itself, which trains: leave it out, and a copy is made")
-            teacher = copy.deepcopy(model) if teacher is None else teacher
+            teacher = teaching_copy(model, args.autocast_dtype) if teacher is None else teacher
             _refuse_other_vocabulary(model, teacher)
             self.teacher = Teacher(teacher.to(args.device))
             same_on_all_ranks_(self.teacher, args)
@@ -138,9 +141,11 @@ class ASTTrainer(SparseTrainer):
     def _started(self, model: nn.Module, layers: dict[str, nn.Module], dense: dict[str, Tensor]) -> dict[str, Tensor]:
         args = self.args
         if isinstance(args.start, Plan):
-            masks = _masks_of(args.start, dense, args.pattern)
+            plan = part_for(args.start, layers, args.pattern, "start")
+            self.notes += plan.notes
         else:
-            masks = self._prune_once(model)
+            plan = one_shot_(self, model, args.start)
+        masks = plan.masks
         keep = {  # one-shot methods leave out what is zero throughout
             name: masks[name].keep if name in masks else args.parsed_pattern.project(w_NK.abs())
             for name, w_NK in dense.items()
@@ -160,20 +165,6 @@ class ASTTrainer(SparseTrainer):
                 keep[name] = from_first_rank(mask.to(args.device)).cpu()
             same_on_all_ranks_(model, args)
         return keep
-
-    def _prune_once(self, model: nn.Module) -> dict[str, Mask]:
-        plan = prune_(
-            model,
-            method_config(self.args.start, pattern=self.args.pattern),
-            dataset=None if self.args.start == "magnitude" else self._calibration(),
-            targets=self.args.targets,
-            ignore=self.args.ignore,
-            num_calibration_samples=self.args.num_calibration_samples,
-            seed=self.args.seed,
-            progress=not self.args.disable_tqdm,
-        )
-        self.notes += plan.notes
-        return plan.masks
 
     def _install_branches(
         self, model: nn.Module, layers: dict[str, nn.Module], dense: dict[str, Tensor] | None
@@ -208,19 +199,14 @@ class ASTTrainer(SparseTrainer):
             for name in layers:
                 install(name, None)
             return
-        samples = load_samples(
-            self._calibration(), model, num_samples=self.args.num_calibration_samples, seed=self.args.seed
-        )
+        number = self.args.num_calibration_samples
+        samples = load_samples(self.calibration_inputs(number), model, num_samples=number, seed=self.args.seed)
         with Walk(model, layers, samples.batches) as walk:
             for step in walk.steps:
                 for name, statistics in walk.measure(step, Hessian).items():
                     assert statistics is None or isinstance(statistics, Hessian)
                     install(name, statistics)
                 walk.finish(step)
-
-    def _calibration(self) -> list[dict[str, Tensor]]:
-        samples = self.calibration_samples(self.args.num_calibration_samples)
-        return [{key: value for key, value in sample.items() if key != "labels"} for sample in samples]
 
     # --- the optimizer ---------------------------------------------------------------------------------------------
 
@@ -285,14 +271,28 @@ class ASTTrainer(SparseTrainer):
     @property
     def freeze_step(self) -> int:
         """Step after which masks stay."""
-        return round(self.state.max_steps * (1 - self.args.mask_freeze_ratio))
+        return self._phases(self.state.max_steps)[0]
 
     @property
     def quantise_step(self) -> int | None:
         """Step after which the forward sees weights on the grid of `format`; None where it never does."""
-        if self.args.format is None:
-            return None
-        return max(round(self.state.max_steps * (1 - self.args.quantise_ratio)), self.freeze_step)
+        return self._phases(self.state.max_steps)[1]
+
+    def _phases(self, max_steps: int) -> tuple[int, int | None]:
+        """Return both for a run of so many steps."""
+        freeze = round(max_steps * (1 - self.args.mask_freeze_ratio))
+        quantise = max(round(max_steps * (1 - self.args.quantise_ratio)), freeze)
+        return freeze, quantise if self.args.format is not None else None
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Return the schedule as ever, with rates in the phase that rounds at which weights can move on the grid."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        _, start = self._phases(num_training_steps)
+        if start is not None and isinstance(scheduler, LambdaLR):
+            scheduler.lr_lambdas = [
+                begun_anew(rates, start, num_training_steps, ROUNDING_RATE) for rates in scheduler.lr_lambdas
+            ]
+        return scheduler
 
     def _begin(self) -> None:
         args, warmup = self.args, round(self.state.max_steps * self.args.masked_decay_warmup)
@@ -369,7 +369,7 @@ class ASTTrainer(SparseTrainer):
         samples = self.calibration_samples(self.args.num_calibration_samples)
         alone = [{key: value[0] for key, value in sample.items()} for sample in samples]
         batches = [self._prepare_inputs(collate(alone[i : i + size])) for i in range(0, len(alone), size)]
-        inputs = [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
+        inputs = [self._prepare_inputs(sample) for sample in self.calibration_inputs(len(samples))]
         was_training = model.training
 
         def run(batch: dict[str, Tensor]) -> None:
@@ -505,7 +505,9 @@ class ASTTrainer(SparseTrainer):
         if self.state.global_step < self.freeze_step:
             notes.append(f"training ended at step {self.state.global_step}, before the masks froze")
         scales = {} if self._rounding is None else self._rounding.whole_scales(self.masked_optimizer)
-        return Plan(masks, made_by, notes=notes, side=side, scales=scales)
+        orders = self.args.start.perms if isinstance(self.args.start, Plan) else {}
+        perms = {name: orders[name] for name in masks if name in orders}
+        return Plan(masks, made_by, notes=notes, perms=perms, side=side, scales=scales)
 
 
 def with_removed(kept_NK: Tensor, dense_NK: Tensor, keep_NK: Tensor, pattern: NM) -> Tensor:
@@ -518,26 +520,6 @@ def with_removed(kept_NK: Tensor, dense_NK: Tensor, keep_NK: Tensor, pattern: NM
     magnitudes = F.pad(kept_NK.abs().masked_fill(~keep_NK, torch.inf), (0, -K % m), value=torch.inf)
     least = magnitudes.unflatten(1, (-1, m)).amin(-1).repeat_interleave(m, 1)[:, :K]
     return torch.where(keep_NK, kept_NK, dense_NK.clamp(-least, least))
-
-
-def _masks_of(plan: Plan, dense: dict[str, Tensor], pattern: str) -> dict[str, Mask]:
-    """Return the plan's masks after holding them against the layers."""
-    if plan.cuts or plan.side:
-        raise ValueError("start: the plan holds cuts or side branches: apply_ it, and start from a plan of masks alone")
-    for name, order in plan.perms.items():
-        if name in dense and not order.is_in(dense[name]):
-            raise ValueError(
-                f"start: the plan reorders the inputs of {name}, and this model's are not: apply_ it first"
-            )
-    for name, w_NK in dense.items():
-        if name not in plan.masks:
-            raise ValueError(f"start: the plan has no mask for {name}: make it with the same targets and ignore")
-        mask = plan.masks[name]
-        if mask.shape != tuple(w_NK.shape):
-            raise ValueError(f"start: the plan's mask of {name} is {mask.shape}, the weight {tuple(w_NK.shape)}")
-        if broken := parse_pattern(pattern).count_violations(mask.keep):
-            raise PatternError(f"start: the plan's mask of {name} breaks {pattern} in {broken} groups")
-    return {name: plan.masks[name] for name in dense}
 
 
 def _why_no_refit(teacher: Teacher | None, layers: dict[str, nn.Module]) -> str:

@@ -4,13 +4,14 @@ import copy
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from types import NoneType
+from typing import Any, ClassVar, Self, get_args
 
 import torch
 from transformers import TrainingArguments
 
 from sparsekit.patterns import NM, parse_pattern
-from sparsekit.registry import unknown
+from sparsekit.registry import nearest
 
 DIGEST_FIELDS = (
     "max_steps",
@@ -45,6 +46,8 @@ class SparseTrainingArguments(TrainingArguments):
         max_seq_length: tokens of a training sample, where the dataset is text.
         targets: which layers, see `sparsekit.prune_`.
         ignore: which of them not.
+        ddp_find_unused_parameters: look, in every step, for weights that DDP need not wait for. For models of which a
+            batch may leave out a part, as experts.
     """
 
     method: ClassVar[str] = ""
@@ -59,8 +62,14 @@ class SparseTrainingArguments(TrainingArguments):
     adam_beta2: float = field(default=0.95)
     remove_unused_columns: bool = field(default=False)
     report_to: Any = field(default="none")
+    ddp_find_unused_parameters: bool | None = field(default=False)
+
+    def __new__(cls, *_: Any, **fields: Any) -> Self:
+        _refuse_unknown(cls, fields)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        self._refuse_wrong_types()
         if not torch.accelerator.is_available():
             self.use_cpu = True  # without it bf16 is refused, even where the processor has it
         super().__post_init__()
@@ -69,11 +78,17 @@ class SparseTrainingArguments(TrainingArguments):
         if not isinstance(parsed, NM):
             raise ValueError(f"pattern={self.pattern!r}: masks are trained for N:M patterns, as '2:4'")
         self.pattern = str(parsed)
-        if not isinstance(self.max_seq_length, int) or self.max_seq_length < 2:
-            raise ValueError(f"max_seq_length={self.max_seq_length!r} must be a whole number of at least 2")
+        check_whole("max_seq_length", self.max_seq_length, at_least=2)
         for name in ("targets", "ignore"):
             value = getattr(self, name)
             setattr(self, name, [value] if isinstance(value, str) or callable(value) else list(value or ()))
+
+    def _refuse_wrong_types(self) -> None:
+        """Raise ValueError where a switch is neither True nor False, as "no" is not, which would count as True."""
+        for known in dataclasses.fields(self):
+            value, kinds = getattr(self, known.name), set(get_args(known.type) or (known.type,))
+            if kinds <= {bool, NoneType} and not isinstance(value, bool) and value is not known.default:
+                raise ValueError(f"{known.name}={value!r} must be True or False")
 
     def _refuse_what_is_not_done(self) -> None:
         if self.load_best_model_at_end or self.save_only_model:
@@ -82,7 +97,8 @@ class SparseTrainingArguments(TrainingArguments):
                 f"{name}=True: masks and dense weights are in the optimizer's state, which would be left behind. Take "
                 "the checkpoint you want as a whole, with resume_from_checkpoint"
             )
-        if not self.learning_rate > 0:
+        check_not_negative("learning_rate", self.learning_rate)
+        if self.learning_rate == 0:
             raise ValueError(f"learning_rate={self.learning_rate} must be greater than 0, as 2e-4")
         if self.max_steps == 0:
             raise ValueError("max_steps=0: at least 1, or -1 for num_train_epochs")
@@ -105,6 +121,11 @@ class SparseTrainingArguments(TrainingArguments):
         device = super().device
         return torch.device("cpu") if device.type == "cpu" else device
 
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """Dtype that linear layers multiply in where weights have more bits; None for that of the weights."""
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else None
+
     def own_fields(self) -> dict[str, Any]:
         """Return what says how the result comes about: the method's own fields, and those of the run; fit for JSON."""
         inherited = {known.name for known in dataclasses.fields(TrainingArguments)}
@@ -126,12 +147,20 @@ class SparseTrainingArguments(TrainingArguments):
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Self:
-        """Return the config with these fields; a wrong name lists the known ones."""
-        known = [each.name for each in dataclasses.fields(cls) if each.init]
-        for name in fields:
-            if name not in known:
-                raise ValueError(unknown(f"field of {cls.__name__}", name, known))
+        """Return the config with these fields."""
         return cls(**fields)
+
+
+def _refuse_unknown(cls: type[SparseTrainingArguments], fields: dict[str, Any]) -> None:
+    known = [each.name for each in dataclasses.fields(cls) if each.init]
+    inherited = {each.name for each in dataclasses.fields(TrainingArguments)}
+    for name in fields:
+        if name not in known:
+            near = nearest(name, known)
+            raise ValueError(
+                f"unknown field of {cls.__name__} {name!r}: {f'did you mean {near!r}? ' if near else ''}Its own are "
+                f"{', '.join(each for each in known if each not in inherited)}; all of TrainingArguments are there, too"
+            )
 
 
 def _plain(value: Any) -> Any:
@@ -154,3 +183,9 @@ def check_not_negative(name: str, value: float) -> None:
     """Raise ValueError unless the value is a finite number of at least 0."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
         raise ValueError(f"{name}={value!r} must be a number of at least 0")
+
+
+def check_whole(name: str, value: int, at_least: int = 1) -> None:
+    """Raise ValueError unless the value is a whole number of at least `at_least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise ValueError(f"{name}={value!r} must be a whole number of at least {at_least}")

@@ -18,9 +18,19 @@ IGNORED = -100
 
 Sample = dict[str, Tensor]
 
+_WIDE = ("input_ids", "labels", "attention_mask")
+"""What models take as int64, and lies in memory narrower: every process holds the whole corpus."""
+
+_NARROW = (torch.int16, torch.int32)
+
 
 class TokenSamples(Dataset[Sample]):
-    """Samples of one row each: `input_ids` [L], `labels` [L] and whatever else the rows hold."""
+    """Samples of one row each: `input_ids` [L], `labels` [L] and whatever else the rows hold.
+
+    Attributes:
+        samples: rows as they lie in memory, their token ids in the smallest dtype that holds them; those that are
+            handed out are int64.
+    """
 
     def __init__(self, samples: Sequence[Sample]) -> None:
         self.samples = samples
@@ -29,14 +39,17 @@ class TokenSamples(Dataset[Sample]):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Sample:
-        return self.samples[index]
+        sample = self.samples[index]
+        return {
+            key: value.long() if value.dtype in _NARROW and key in _WIDE else value for key, value in sample.items()
+        }
 
     def digest(self) -> str:
-        """Return a hash of all samples, in their order."""
+        """Return a hash of all samples, in their order, whatever dtype they are held in."""
         digest = hashlib.sha256()
         for sample in self.samples:
             for key in ("input_ids", "labels"):
-                digest.update(sample[key].contiguous().numpy().tobytes())
+                digest.update(sample[key].long().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
     @property
@@ -66,12 +79,14 @@ def training_samples(dataset: Any, model: nn.Module, tokenizer: Any = None, max_
         if tokenizer is None:
             raise ValueError("the dataset is text: pass the model's tokenizer, or token tensors")
         stream = _token_stream(_checked(items), tokenizer, None)
+        if not stream.numel():
+            raise ValueError("the dataset is empty: it holds no text")
         if stream.numel() < length:
             raise ValueError(
                 f"the dataset gave {stream.numel()} tokens, and one sample takes {length}: pass more text, or a "
                 f"max_seq_length of at most {stream.numel()}"
             )
-        rows = stream[: stream.numel() // length * length].view(-1, length)
+        rows = narrowed(stream)[: stream.numel() // length * length].view(-1, length)
         samples = [{"input_ids": row, "labels": row} for row in rows]
     else:
         samples = [sample for item in items for sample in _rows(item)]
@@ -96,19 +111,31 @@ def _rows(item: Any) -> list[Sample]:
         raise ValueError(f"a sample holds {sorted(batch)}: training needs text, or whole numbers as 'input_ids'")
     if ids.dim() != 2:
         raise ValueError(f"a sample has the shape {list(ids.shape)}: token ids come as [length] or [samples, length]")
-    batch["input_ids"] = ids.long()
+    batch["input_ids"] = ids = narrowed(ids)
+    mask = batch.get("attention_mask")
     if hasattr(item, "keys") and "labels" in item:
         labels = torch.as_tensor(item["labels"]).long()
         if labels.numel() != ids.numel():
             raise ValueError(f"a sample holds {ids.numel()} input_ids and {labels.numel()} labels: give one for each")
-        batch["labels"] = labels.view(ids.shape)
+        batch["labels"] = narrowed(labels.view(ids.shape))
     else:
-        mask = batch.get("attention_mask")
-        batch["labels"] = ids.long() if mask is None else ids.long().masked_fill(mask == 0, IGNORED)
+        batch["labels"] = ids if mask is None else narrowed(ids.long().masked_fill(mask == 0, IGNORED))
+    if mask is not None:
+        batch["attention_mask"] = narrowed(mask)
     return [
         {key: value[row] for key, value in batch.items() if value.dim() and len(value) == len(ids)}
         for row in range(len(ids))
     ]
+
+
+def narrowed(numbers: Tensor) -> Tensor:
+    """Return whole numbers in int16 where that holds them all, else in int32 or int64; others as they are."""
+    if numbers.is_floating_point() or numbers.dtype == torch.bool:
+        return numbers
+    numbers = numbers if numbers.dtype.is_signed else numbers.long()  # torch compares few unsigned ones
+    low, high = (int(end) for end in numbers.aminmax()) if numbers.numel() else (0, 0)
+    fits = (dtype for dtype in _NARROW if torch.iinfo(dtype).min <= low and high <= torch.iinfo(dtype).max)
+    return numbers.to(next(fits, torch.int64))
 
 
 def _padded(sample: Sample, length: int) -> Sample:

@@ -147,6 +147,8 @@ def begin_rounding_(
         if X is not None and not X.requires_grad:
             held = local_part(X.detach())
             held.copy_(_rounded(held))
+    if z_scales is None:
+        optimizer.catch_up_()
     optimizer.rewrite = rounding = FakeQuant(format, branches)
     optimizer.write_()
     return rounding

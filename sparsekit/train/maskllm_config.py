@@ -9,8 +9,8 @@ from sparsekit.plan import Plan
 from sparsekit.registry import unknown
 from sparsekit.train.config import SparseTrainingArguments, check_not_negative, check_share
 from sparsekit.train.gumbel import candidates
+from sparsekit.train.start import check_start
 
-PRIORS = ("magnitude", "wanda", "sparsegpt", "ria", "alps")
 KD_KINDS = ("forward_kl", "reverse_kl")
 COSINE_TO_A_TENTH = ("cosine_with_min_lr", {"min_lr_rate": 0.1})
 PAPER_RATE, PAPER_STEPS = 5e-4, 2000
@@ -21,8 +21,8 @@ class MaskLLMConfig(SparseTrainingArguments):
     """Arguments of `MaskLLMTrainer`; all of `transformers.TrainingArguments` is there as well.
 
     Only logits of masks learn, 1.5 fp32 numbers a weight for 2:4; with their gradient and Adam's moments that is 24
-    bytes a weight beside the frozen ones. The device holds no second copy of the model, not even for distillation,
-    whose teacher has the very same weights; `train_` keeps one on the CPU, for when it fails.
+    bytes a weight beside the frozen ones. While they learn there is no second copy of the model: a teacher has the very
+    same weights, and these stay as they are.
 
     Where not said otherwise, defaults are those of the published code (NVlabs/MaskLLM, LLaMA2-7B).
 
@@ -94,8 +94,7 @@ class MaskLLMConfig(SparseTrainingArguments):
             raise ValueError("kd_weight and ce_weight are both 0: there is nothing to learn from")
         if self.kd_kind not in KD_KINDS:
             raise ValueError(unknown("kd_kind", self.kd_kind, list(KD_KINDS)))
-        if not isinstance(self.prior, Plan) and self.prior not in PRIORS:
-            raise ValueError(unknown("prior", self.prior, list(PRIORS)) + " A Plan will do, too.")
+        check_start("prior", self.prior)
         for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):  # its name of late
             kwargs = getattr(self, name, None)
             if isinstance(kwargs, dict) and kwargs.get("use_reentrant"):
@@ -126,7 +125,7 @@ class MaskLLMConfig(SparseTrainingArguments):
 
         config = self.for_layers(targets, ignore)
         config.disable_tqdm = config.disable_tqdm or not progress
-        with restored_whole_on_failure(model):
+        with restored_whole_on_failure(model, twin=model):
             trainer = MaskLLMTrainer(model, config, dataset, processing_class=tokenizer)
             trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
             return trainer.plan()

@@ -15,19 +15,19 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from sparsekit.errors import PatternError, Unsupported
-from sparsekit.interrupt import uninterrupted
+from sparsekit.errors import Unsupported
 from sparsekit.masks import Mask
-from sparsekit.methods import method_config
 from sparsekit.nn import SideLinear, replace_layer_
 from sparsekit.nn.side import _why_no_branch
 from sparsekit.plan import MadeBy, Plan
-from sparsekit.prune import installed_versions, prune_
-from sparsekit.targets import find_targets, set_weight_NK_, show_entries, weight_NK
+from sparsekit.prune import installed_versions
+from sparsekit.snapshot import restored_on_failure
+from sparsekit.targets import find_targets, show_entries, weight_NK
 from sparsekit.train.data import IGNORED
 from sparsekit.train.distill import distillation_loss
 from sparsekit.train.gumbel import Draw, DrawnMaskLinear, initial_logits
 from sparsekit.train.maskllm_config import MaskLLMConfig
+from sparsekit.train.start import one_shot_, part_for
 from sparsekit.train.teachers import Teacher
 from sparsekit.train.trainer import SparseTrainer, shifted
 
@@ -39,7 +39,8 @@ class MaskLLMTrainer(SparseTrainer):
     """Learns the N:M mask of a causal language model; see `MaskLLMConfig` for what can be chosen.
 
     `train` returns with zeros in the model where the mask removes; all other weights are bit for bit what they were,
-    and so is the whole model where it fails. `plan()` gives the mask.
+    and so is the whole model where it fails. `plan()` gives the mask. Weights are copied to the CPU twice for a moment,
+    each time to go back to: while the one-shot method runs that makes the prior, and when the masks are put in.
 
     Args:
         model: the dense model.
@@ -97,9 +98,11 @@ class MaskLLMTrainer(SparseTrainer):
                     replace_layer_(model, place, layer)
             for parameter, requires_grad in wanted.items():
                 parameter.requires_grad_(requires_grad)
-        for name, mask in self._plan.masks.items():
-            w_NK = weight_NK(layers[name])
-            w_NK.masked_fill_(~mask.keep.to(w_NK.device), 0)
+        with torch.no_grad(), restored_on_failure(model) as snapshot:
+            for name, mask in self._plan.masks.items():
+                snapshot.remember(name)
+                w_NK = weight_NK(layers[name])
+                w_NK.masked_fill_(~mask.keep.to(w_NK.device), 0)
         return result
 
     # --- before the first step -------------------------------------------------------------------------------------
@@ -111,9 +114,12 @@ class MaskLLMTrainer(SparseTrainer):
         if checkpoint is not None:
             self.prior = Plan.load(Path(checkpoint) / PRIOR_FILE)
         elif isinstance(args.prior, Plan):
-            self.prior = _checked(args.prior, layers, args.pattern)
+            self.prior = part_for(args.prior, layers, args.pattern, "prior")
+            self.notes += self.prior.notes
         else:
-            self.prior = self._prune_once(model, layers)
+            with restored_on_failure(model) as snapshot:  # the method's weights are not wanted
+                self.prior = one_shot_(self, model, args.prior)
+                snapshot.restore()
         model.requires_grad_(False)
         if args.kd_weight > 0:
             self.teacher = Teacher(_twin(model))
@@ -131,30 +137,6 @@ class MaskLLMTrainer(SparseTrainer):
                 replace_layer_(model, place, masked)
             self._masked[name] = masked
         self._dense_energy = sum(float(layer.weight.float().square().sum()) for layer in self._masked.values())
-
-    def _prune_once(self, model: nn.Module, layers: dict[str, nn.Module]) -> Plan:
-        """Return the plan of a one-shot method; weights stay as they are."""
-        args = self.args
-        samples = [] if args.prior == "magnitude" else self.calibration_samples(args.num_calibration_samples)
-        inputs = [{key: value for key, value in sample.items() if key != "labels"} for sample in samples]
-        dense = {name: weight_NK(layer).to("cpu", copy=True) for name, layer in layers.items()}
-        try:
-            plan = prune_(
-                model,
-                method_config(args.prior, pattern=args.pattern),
-                dataset=inputs or None,
-                targets=args.targets,
-                ignore=args.ignore,
-                num_calibration_samples=args.num_calibration_samples,
-                seed=args.seed,
-                progress=not args.disable_tqdm,
-            )
-        finally:
-            with uninterrupted():
-                for name, w_NK in dense.items():
-                    set_weight_NK_(layers[name], w_NK)
-        self.notes += plan.notes
-        return plan
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         args = self.args
@@ -291,7 +273,8 @@ class MaskLLMTrainer(SparseTrainer):
         notes = list(self.notes)
         if self.state.global_step < self.state.max_steps:
             notes.append(f"training ended at step {self.state.global_step}, before draws had narrowed to single masks")
-        return Plan(masks, made_by, notes=notes)
+        assert self.prior is not None
+        return Plan(masks, made_by, notes=notes, perms=self.prior.perms)
 
 
 class _Begin(TrainerCallback):
@@ -319,28 +302,6 @@ def _places(model: nn.Module, names: list[str]) -> dict[str, list[str]]:
     for place, module in model.named_modules(remove_duplicate=False):
         places.setdefault(module, []).append(place)
     return {name: places[model.get_submodule(name)] for name in names}
-
-
-def _checked(prior: Plan, layers: dict[str, nn.Module], pattern: str) -> Plan:
-    """Return the part of a plan that concerns these layers after holding it against them."""
-    if prior.cuts or prior.side:
-        raise ValueError("prior: the plan holds cuts or side branches: apply_ it, and pass a plan of masks alone")
-    masks: dict[str, Mask] = {}
-    for name, layer in layers.items():
-        shape = tuple(weight_NK(layer).shape)
-        if name in prior.perms and not prior.perms[name].is_in(weight_NK(layer)):
-            raise ValueError(
-                f"prior: the plan reorders the inputs of {name}, and this model's are not: apply_ it first"
-            )
-        if name not in prior.masks:
-            raise ValueError(f"prior: the plan has no mask for {name}: make it with the same targets and ignore")
-        if prior.masks[name].shape != shape:
-            raise ValueError(f"prior: the plan's mask of {name} is {prior.masks[name].shape}, the weight {shape}")
-        try:
-            masks[name] = Mask(pattern, prior.masks[name].keep)
-        except PatternError as error:
-            raise PatternError(f"prior: the plan's mask of {name} does not fit: {error}") from None
-    return Plan(masks, prior.made_by)
 
 
 def _refuse_unmaskable(layers: dict[str, nn.Module]) -> None:

@@ -195,6 +195,13 @@ class MaskedAdamW(torch.optim.Optimizer):
         for name, parameter, transposed in self.masked():
             self._write(name, parameter, transposed, branches.get(name, {}))
 
+    @torch.no_grad()
+    def catch_up_(self) -> None:
+        """Take over what others wrote into branches since their last step; `rewrite` would write over it."""
+        for group in self.param_groups:
+            for parameter in group["params"] if "branch" in group else ():
+                self._caught_up(parameter)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave; unlike in torch's optimizers each state keeps its own dtype."""
         super().load_state_dict({**state_dict, "state": {}})
@@ -254,6 +261,11 @@ class MaskedAdamW(torch.optim.Optimizer):
             state["dense"] = parameter.detach().to(torch.float32, copy=True)
         return state["dense"]
 
+    def _caught_up(self, parameter: Tensor) -> Tensor:
+        """Return this rank's part of the same, with what others wrote into the parameter since it was written."""
+        dense, local = local_part(self._dense(parameter)), local_part(parameter.detach())
+        return torch.where(dense.to(local.dtype) == local, dense, local.float(), out=dense)
+
     def _moments(self, parameter: Tensor) -> dict[str, Any]:
         state = self.state[parameter]
         if "exp_avg" not in state:
@@ -267,9 +279,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         if parameter.dtype.itemsize >= 4 and not is_rewritten:
             self._adam(group, parameter, local, gradient.to(local.dtype))
             return
-        dense = local_part(self._dense(parameter))
-        if not is_rewritten:  # what others wrote since counts
-            torch.where(dense.to(local.dtype) == local, dense, local.float(), out=dense)
+        dense = local_part(self._dense(parameter)) if is_rewritten else self._caught_up(parameter)
         self._adam(group, parameter, dense, gradient.float())
         local.copy_(dense)
 

@@ -23,7 +23,7 @@ STEPS = (1.0, 0.5, 0.25)
 def refit_branches_(
     student: nn.Module,
     teacher: nn.Module,
-    batches: Sequence[dict[str, Tensor]],
+    samples: Sequence[dict[str, Tensor]],
     run: Callable[[dict[str, Tensor]], Any],
     loss: Callable[[], float],
 ) -> str:
@@ -32,12 +32,12 @@ def refit_branches_(
     Args:
         student: holds `SideLinear` layers; `run` is its forward, through whatever wraps it.
         teacher: the dense original, with layers of the same names.
-        batches: what both are run on.
+        samples: what both are run on, one at a time, for the outputs of all the teacher's layers are held meanwhile.
         loss: mean loss of the student as it is now.
     """
     layers = side_layers(student)
     before = loss()
-    changes = _changes(layers, teacher, batches, run)
+    changes = _changes(layers, teacher, samples, run)
     kept = {name: layer.side_S.detach().clone() for name, layer in layers.items()}
     best, chosen = before, 0.0
     for step in (*STEPS, None):  # None: done trying
@@ -46,6 +46,7 @@ def refit_branches_(
             for name, layer in layers.items():
                 if name in changes:
                     layer.side_S.copy_(kept[name] + scale * _sharded_like(changes[name], layer.side_S))
+        torch.clear_autocast_cache()  # it holds S as it was, in 16 bits
         if step is not None and (now := loss()) < best:
             best, chosen = now, step
     if not chosen:
@@ -57,49 +58,51 @@ def refit_branches_(
 def _changes(
     layers: dict[str, SideLinear],
     teacher: nn.Module,
-    batches: Sequence[dict[str, Tensor]],
+    samples: Sequence[dict[str, Tensor]],
     run: Callable[[dict[str, Tensor]], Any],
 ) -> dict[str, Tensor]:
-    """Return the best change of each S, alone; of a layer that no token reached, none."""
-    targets: dict[str, Tensor] = {}
+    """Return the best change of each S, alone; none of a layer that no token reached, in student or teacher."""
+    taught: dict[str, Tensor] = {}
     moments: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def gather(name: str, z: Tensor, y: Tensor) -> None:
-        z, lack = z.flatten(0, -2).float(), (targets[name] - y).flatten(0, -2).float()
-        C, Z = moments.get(name, (torch.zeros((), device=z.device), torch.zeros((), device=z.device)))
-        moments[name] = C + lack.T @ z, Z + z.T @ z
+    def remember(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
+        taught[name] = y
 
-    for batch in batches:
-        with _watched({name: teacher.get_submodule(name) for name in layers}, lambda layer, x: x) as taught:
-            teacher(**batch)
-        targets = {name: y for name, (_, y) in taught.items()}
-        with _watched(layers, lambda layer, x: layer.reduce(x)) as seen:
-            run(batch)
-        for name, (z, y) in seen.items():
-            gather(name, z, y)
+    def gather(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
+        assert isinstance(layer, SideLinear)
+        target, z = taught.pop(name, None), layer.reduce(x)
+        if target is None or target.shape != y.shape:  # experts, to which the two sent other tokens
+            return
+        with torch.autocast(y.device.type, enabled=False):  # sums of products need more than the 16 bits of a forward
+            z, lack = z.flatten(0, -2).float(), (target.float() - y.float()).flatten(0, -2)
+            C, Z = lack.T @ z, z.T @ z
+        if name in moments:
+            C, Z = moments[name][0].add_(C), moments[name][1].add_(Z)
+        moments[name] = C, Z
+
+    for sample in samples:
+        taught.clear()
+        with _watched({name: teacher.get_submodule(name) for name in layers}, remember):
+            teacher(**sample)
+        with _watched(layers, gather):
+            run(sample)
     return {name: fit_residual(C, Z) for name, (C, Z) in moments.items() if bool(Z.diagonal().any())}
 
 
 @contextmanager
-def _watched(
-    layers: Mapping[str, nn.Module], of: Callable[[Any, Tensor], Tensor]
-) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Yield a dict that gathers name -> (what `of` makes of layer and input, output) of the next forward.
+def _watched(layers: Mapping[str, nn.Module], look: Callable[[str, nn.Module, Tensor, Tensor], None]) -> Iterator[None]:
+    """Let `look` see (name, layer, input, output) in each forward of a layer inside the body.
 
-    `of` is called in the forward, where the layer's parameters are whole even if they are sharded at other times.
+    There its parameters are whole, even if they are sharded at other times.
     """
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def keep(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            seen[name] = of(module, args[0].detach()), output.detach()
-
-        return hook
+    def hook_of(name: str) -> Callable[..., None]:
+        return lambda module, args, output: look(name, module, args[0].detach(), output.detach())
 
     with ExitStack() as hooks:
         for name, layer in layers.items():
-            hooks.callback(layer.register_forward_hook(keep(name)).remove)
-        yield seen
+            hooks.callback(layer.register_forward_hook(hook_of(name)).remove)
+        yield
 
 
 def _sharded_like(x: Tensor, parameter: Tensor) -> Tensor:

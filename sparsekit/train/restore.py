@@ -18,7 +18,9 @@ class Kept:
 
     Args:
         model: the model about to be trained.
-        twin: a frozen copy of it, as a teacher is, to take the values from; None copies them to the CPU.
+        twin: what holds the same values as long as training lasts: a frozen copy, as a teacher is, or the model itself
+            where training changes none. What it lacks, or holds in another dtype, is copied to the CPU; so is all
+            where there is none.
     """
 
     def __init__(self, model: nn.Module, twin: nn.Module | None = None) -> None:
@@ -30,19 +32,19 @@ class Kept:
         self._wants_gradient = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         configs = (getattr(model, name, None) for name in ("config", "generation_config"))
         self._configs = [(config, copy.deepcopy(vars(config))) for config in configs if hasattr(config, "__dict__")]
-        self._values = (
-            {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}
-            if twin is None
-            else None
-        )
+        held = {} if twin is None else twin.state_dict()
+        self._copied = {
+            name: value.detach().to("cpu", copy=True)
+            for name, value in model.state_dict().items()
+            if name not in held or held[name].dtype != value.dtype
+        }
 
     def restore_(self) -> None:
         """Put modules, values, gradients wanted, modes and settings back."""
         self._put_back(())
         for parameter, wanted in self._wants_gradient:
             parameter.requires_grad_(wanted)
-        values = self._values if self._twin is None else self._twin.state_dict()
-        assert values is not None
+        values = {**({} if self._twin is None else self._twin.state_dict()), **self._copied}
         with torch.no_grad():
             for name, value in self._model.state_dict().items():
                 value.copy_(values[name])
@@ -80,7 +82,7 @@ def restored_whole_on_failure(model: nn.Module, twin: nn.Module | None = None) -
     Where all goes well, weights and layers alone have changed: what a trainer left on the model is taken off again.
 
     Args:
-        twin: a frozen copy of the model that lives as long as the body, so that there is no third one.
+        twin: what holds the model's values as long as the body runs, see `Kept`.
     """
     kept = Kept(model, twin)
     try:

@@ -8,6 +8,7 @@ exp(-peak * sum of the learning rates after T0) of what it was, so a peak that m
 every model, learning rate and loss: 2 % are left.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -31,6 +32,21 @@ class MaskedDecay:
         return self.peak * min(step / self.warmup_steps, 1.0) if self.warmup_steps > 0 else self.peak
 
 
+def begun_anew(rates: Callable[[int], float], start: int, end: int, peak: float) -> Callable[[int], float]:
+    """Return a schedule that falls once more from `start` on, as a cosine from `peak` to 0 at `end`, where it is lower.
+
+    For weights that are put on a grid of 4 bits late in a run: at the rates that are left by then, none gets as far as
+    the next number of the grid.
+    """
+
+    def rate(step: int) -> float:
+        if step < start:
+            return rates(step)
+        return max(rates(step), peak * 0.5 * (1 + math.cos(math.pi * (step - start) / max(end - start, 1))))
+
+    return rate
+
+
 def peak_for(learning_rates: Callable[[int], float], warmup_steps: int, end: int) -> float:
     """Return the peak at which weights decay by `DECAYED_BY` between `warmup_steps` and `end`.
 
@@ -43,3 +59,11 @@ def peak_for(learning_rates: Callable[[int], float], warmup_steps: int, end: int
     rates = [learning_rates(step) for step in range(min(warmup_steps, max(end - 1, 0)), max(end, 1))]
     total, highest = sum(rates), max(rates)
     return min(DECAYED_BY / total, 0.5 / highest) if total > 0 else 0.0
+
+
+def from_the_first_step(rates: Callable[[int], float]) -> Callable[[int], float]:
+    """Return a schedule that does not begin at 0, as warm-ups do: that step would be for nothing.
+
+    It gets half of the second step's rate.
+    """
+    return lambda step: rates(step) if step or rates(0) else rates(1) / 2

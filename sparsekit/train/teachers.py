@@ -1,8 +1,12 @@
 """The teacher in memory: it hands over its last hidden states with its head, so that its logits are never there whole.
 
+Under autocast linear layers multiply in 16 bits, and cast their weights in each forward. A copy that is made to teach
+there (`teaching_copy`) holds these weights cast: half the bytes, and the same words, bit for bit.
+
 A cache of what it said, which takes its place, is in `teacher_cache`.
 """
 
+import copy
 import inspect
 import warnings
 from collections.abc import Mapping
@@ -12,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsekit.targets import is_conv1d
 from sparsekit.train.distill import Head
 
 
@@ -116,6 +121,31 @@ class Teacher(nn.Module):
                 return None, None
             self._is_head_checked = True
         return Head(seen[-1], head), output
+
+
+def teaching_copy(model: nn.Module, autocast: torch.dtype | None = None) -> nn.Module:
+    """Return a copy of a model that is about to train, to teach it.
+
+    Args:
+        autocast: dtype of the autocast that the copy will run under; its linear layers hold their parameters in it,
+            but for those that another layer has, too, as an embedding that is tied to the output. None for a copy as
+            it is.
+    """
+    cast: dict[int, Any] = {}
+    if autocast is not None:
+        linear = [module for module in model.modules() if type(module) is nn.Linear or is_conv1d(module)]
+        others = {
+            id(parameter)
+            for module in set(model.modules()) - set(linear)
+            for parameter in module.parameters(recurse=False)
+        }
+        cast = {
+            id(parameter): nn.Parameter(parameter.detach().to(autocast), requires_grad=False)
+            for module in linear
+            for parameter in module.parameters(recurse=False)
+            if parameter.dtype == torch.float32 and id(parameter) not in others
+        }
+    return copy.deepcopy(model, cast)  # what is in the memo is taken for the copy
 
 
 def _output_head(model: nn.Module) -> OutputHead | None:

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
@@ -22,6 +24,7 @@ from sparsekit.errors import CheckpointError, NonFiniteError, SparsekitError, Un
 from sparsekit.targets import find_targets
 from sparsekit.train.config import SparseTrainingArguments
 from sparsekit.train.data import IGNORED, TokenSamples, collate, training_samples
+from sparsekit.train.schedules import from_the_first_step
 
 CONFIG_FILE = "sparsekit_config.json"
 """In every checkpoint of a training run: the arguments that its result follows from, notes of the run so far, and what
@@ -77,7 +80,8 @@ class SparseTrainer(Trainer):
             )
         read = {name: data for name, data in (("train", train_dataset), ("eval", eval_dataset)) if data is not None}
         samples = {
-            name: training_samples(data, model, processing_class, args.max_seq_length) for name, data in read.items()
+            name: _read(f"{name}_dataset", data, model, processing_class, args.max_seq_length)
+            for name, data in read.items()
         }
         kwargs.setdefault("data_collator", collate)
         super().__init__(
@@ -118,6 +122,7 @@ class SparseTrainer(Trainer):
         if folder is not None:
             self.notes = check_resumes(folder, self._made_by())
             self._checkpoint = Path(folder)
+            self._warn_if_finished(self._checkpoint)
         elif self.optimizer is not None:
             raise ValueError(
                 "this trainer has trained already: resume_from_checkpoint goes on, a new trainer starts anew"
@@ -125,6 +130,29 @@ class SparseTrainer(Trainer):
         self._before_training(folder)
         with _own_forward(self.accelerator.unwrap_model(self.model)):
             return super().train(folder, *args, **kwargs)
+
+    def _warn_if_finished(self, checkpoint: Path) -> None:
+        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+        if state["global_step"] >= state["max_steps"] and self.is_world_process_zero():
+            warnings.warn(
+                f"{checkpoint} is already at step {state['global_step']} of {state['max_steps']}: nothing is left to "
+                "train",
+                stacklevel=3,
+            )
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Warn as `Trainer` does, but not of a weight that is tied to one that came: a checkpoint holds both once."""
+        known = dict(self.accelerator.unwrap_model(self.model).named_parameters(remove_duplicate=False))
+        came = {id(parameter) for name, parameter in known.items() if name not in load_result.missing_keys}
+        missing = [name for name in load_result.missing_keys if name not in known or id(known[name]) not in came]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Return the schedule that `Trainer` makes, in which something is learnt from the first step on."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if isinstance(scheduler, LambdaLR) and scheduler.lr_lambdas[0](0) == 0:
+            self.lr_scheduler = LambdaLR(scheduler.optimizer, from_the_first_step(scheduler.lr_lambdas[0]))
+        return self.lr_scheduler
 
     def _before_training(self, checkpoint: str | None) -> None:
         """Hook: the model is still whole, and on its device."""
@@ -163,6 +191,11 @@ class SparseTrainer(Trainer):
         generator = torch.Generator().manual_seed(self.args.seed)
         chosen = torch.randperm(len(samples), generator=generator)[:num_samples].tolist()
         return [{key: value[None] for key, value in samples[index].items()} for index in chosen]
+
+    def calibration_inputs(self, num_samples: int) -> list[dict[str, Tensor]]:
+        """Return the same without labels, as calibration takes them."""
+        samples = self.calibration_samples(num_samples)
+        return [{key: value for key, value in sample.items() if key != "labels"} for sample in samples]
 
     def without_fp32_copies(self) -> None:
         """Leave autocast around the forward, without accelerate's copy of the logits in fp32."""
@@ -358,11 +391,25 @@ def check_resumes(folder: str | os.PathLike[str], now: dict[str, Any]) -> list[s
         if then.get(name) != now.get(name)
     ]
     if differences:
+        longer = ""
+        if then.get("max_steps") != now.get("max_steps"):
+            longer = (
+                ". A run has the steps that it began with, over which its learning rate, lambda and freezing of masks "
+                "are laid out; to train its result further, see docs/training.md"
+            )
         raise CheckpointError(
             f"{folder} was made with other arguments: {'; '.join(differences)}. Resume with those, or start anew in "
-            "another output_dir"
+            f"another output_dir{longer}"
         )
     return list(made_by["notes"])
+
+
+def _read(name: str, data: Any, *how: Any) -> TokenSamples:
+    """Return the samples of an argument, which a complaint about them names."""
+    try:
+        return training_samples(data, *how)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def _checkpoint_to_resume(asked: Any, output_dir: str | None) -> str | None:

@@ -212,6 +212,8 @@ def test_importing_loads_no_transformers():
     code = (
         "import sys, sparsekit; assert 'transformers' not in sys.modules; "
         "import transformers.quantizers.auto as auto; assert 'sparsekit' in auto.AUTO_QUANTIZER_MAPPING; "
+        "from transformers.modeling_utils import PreTrainedModel; "
+        "assert PreTrainedModel.save_pretrained.keeps_branches; "
         "assert not any('sparsekit' in type(finder).__module__ for finder in sys.meta_path)"
     )
     root = Path(importlib.import_module("sparsekit").__file__).parents[1]

@@ -227,7 +227,8 @@ def test_a_dense_model_gets_the_mask_of_sparsegpt():
 
 def test_without_a_quantised_format_it_is_sparsegpt():
     model, expected = llama(), llama()
-    sk.prune_(model, "awq", dataset=token_samples(), progress=False)
+    with pytest.warns(UserWarning, match="none is given: this is SparseGPT.*format='semi24_int4'"):
+        sk.prune_(model, sk.AWQ(), dataset=token_samples(), progress=False)
     sk.prune_(expected, "sparsegpt", dataset=token_samples(), progress=False)
     ours, theirs = model.state_dict(), expected.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

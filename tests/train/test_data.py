@@ -1,5 +1,6 @@
 """What a user has becomes samples with labels, or a message that says what is wrong with it."""
 
+import hashlib
 import json
 from types import SimpleNamespace
 
@@ -26,6 +27,17 @@ class Model(nn.Module):
 
     def forward(self, input_ids, attention_mask=None):
         return self.embedding(input_ids)
+
+
+class Wide(Model):
+    """The same with a vocabulary of any size, which no table is made for."""
+
+    def __init__(self, vocabulary):
+        super().__init__()
+        self.vocabulary = vocabulary
+
+    def get_input_embeddings(self):
+        return SimpleNamespace(num_embeddings=self.vocabulary)
 
 
 class Letters:
@@ -78,6 +90,48 @@ def test_tokens_are_used_as_they_are(dataset):
         assert torch.equal(samples[index]["input_ids"], torch.arange(8 * index, 8 * index + 8))
         assert torch.equal(samples[index]["labels"], samples[index]["input_ids"])
     assert training_samples(samples, Model()) is samples
+
+
+@pytest.mark.parametrize(
+    "vocabulary,high,dtype",
+    [(50, 49, torch.int16), (40000, 32767, torch.int16), (40000, 32768, torch.int32), (2**33, 2**32, torch.int64)],
+)
+def test_ids_are_held_in_few_bytes_and_handed_out_as_ever(vocabulary, high, dtype):
+    rows = [torch.tensor([0, 5, high]), torch.tensor([high, 1, 2])]
+    samples = training_samples(rows, Wide(vocabulary))
+    for index, row in enumerate(rows):
+        held, given = samples.samples[index], samples[index]
+        assert held["input_ids"].dtype == dtype and held["labels"].data_ptr() == held["input_ids"].data_ptr()
+        for key in ("input_ids", "labels"):
+            assert given[key].dtype == torch.int64 and torch.equal(given[key], row)
+    assert collate([samples[0], samples[1]])["input_ids"].dtype == torch.int64
+    wide = hashlib.sha256()
+    for row in rows:
+        for _ in ("input_ids", "labels"):
+            wide.update(row.numpy().tobytes())
+    assert samples.digest() == wide.hexdigest()[:16], "a run that began with wider ids can be resumed"
+
+
+def test_text_takes_two_bytes_a_token():
+    samples = training_samples(["abcdefghij" * 500], Model(), Letters(), max_seq_length=10)
+    stored = {sample[key].untyped_storage().data_ptr() for sample in samples.samples for key in sample}
+    assert len(stored) == 1 and samples.samples[0]["labels"].untyped_storage().nbytes() == 2 * 5001
+
+
+def test_masks_and_labels_of_ones_own_are_held_in_few_bytes_too():
+    row = {"input_ids": [5, 6, 7, 0], "labels": [IGNORED, 6, 7, IGNORED], "attention_mask": [1, 1, 1, 0]}
+    samples = training_samples([row], Model())
+    assert {value.dtype for value in samples.samples[0].values()} == {torch.int16}
+    assert {key: value.tolist() for key, value in samples[0].items()} == row
+    assert {value.dtype for value in samples[0].values()} == {torch.int64}
+    soft = training_samples([{"input_ids": [5, 6], "attention_mask": [0.5, 1.5]}], Model())
+    assert soft[0]["attention_mask"].tolist() == [0.5, 1.5]
+
+
+def test_ids_that_would_wrap_around_are_seen():
+    for row in ([1, 65536 + 3], [1, 2**32 + 3]):
+        with pytest.raises(ValueError, match=f"token ids from 1 to {row[1]}, and the model knows 0 to 49"):
+            training_samples([torch.tensor(row)], Model())
 
 
 def test_labels_are_those_given_or_what_is_attended_to():

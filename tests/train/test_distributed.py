@@ -36,7 +36,7 @@ RUNS = {
 """Name -> how the run is spread, what is run."""
 
 
-RUNS_IN_TWO = {**RUNS, BF16: (FULL, {"bf16": True})}
+RUNS_IN_TWO = {**RUNS, BF16: (FULL, {"bf16": True, **BRANCHES})}
 """With those that one process does not do to the bit: sharded, weights are cast to bf16 before they are multiplied."""
 
 

@@ -16,7 +16,7 @@ from sparsekit.nn import grid_of, side_layers
 from sparsekit.nn.side import SideLinear
 from sparsekit.patterns import NM
 from sparsekit.plan import Plan, SideBranch
-from sparsekit.train.ast_trainer import ASTTrainer
+from sparsekit.train.ast_trainer import ROUNDING_RATE, ASTTrainer
 from sparsekit.train.fake_quant import BranchGrid, FakeQuant, begin_rounding_
 from sparsekit.train.optimizer import MaskedAdamW
 from sparsekit.train.trainer import CONFIG_FILE
@@ -192,6 +192,36 @@ def test_a_run_ends_on_the_grid_and_packs_as_it_is(llama, tokens, ast, tmp_path,
     assert {layer.format for layer in sk.nn.sparse_layers(model).values()} == {config.format}
 
 
+@pytest.mark.parametrize(
+    "options,dtype",
+    [({}, torch.float32), ({"slorb_group": 16, "slorb_train_x": True}, torch.bfloat16)],
+    ids=["plain", "branches"],
+)
+def test_training_on_the_grid_wins_back_what_rounding_costs(llama, tokens, ast, monkeypatch, options, dtype):
+    """A fifth of it at least, at the very rates of the run that is rounded at the end."""
+    monkeypatch.setattr("sparsekit.train.ast_trainer.ROUNDING_RATE", 0.0)
+    ids, losses = torch.cat(tokens(256)), {}
+
+    def loss_of(model):
+        with torch.no_grad():
+            logits = model.eval()(ids).logits[:, :-1].float()
+        return float(nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()))
+
+    run = {"max_steps": 120, "per_device_train_batch_size": 8, "mask_update_steps": 10, "kd_weight": 0.5}
+    for format in (None, "semi24_int4"):
+        model = llama(dtype, num_hidden_layers=1, num_attention_heads=2, initializer_range=0.2)
+        config = ast(**run, **options, format=format, mask_freeze_ratio=0.4, quantise_ratio=0.4)
+        trainer = ASTTrainer(model, config, tokens(256))
+        trainer.train()
+        sparse = loss_of(model)
+        sk.pack_(model, "semi24_int4", "reference", scales=trainer.plan().scales or None)
+        losses[format] = sparse, loss_of(model)
+    (sparse, rounded_at_the_end), (trained_on_the_grid, packed) = losses[None], losses["semi24_int4"]
+    assert packed == pytest.approx(trained_on_the_grid, abs=1e-3)
+    cost = rounded_at_the_end - sparse
+    assert cost > 0.02 and packed < rounded_at_the_end - 0.2 * cost, losses
+
+
 def test_rounding_begins_at_its_step_and_not_before_masks_stay(llama, tokens, ast, monkeypatch):
     for options, expected in (
         ({}, 9),
@@ -210,6 +240,48 @@ def test_rounding_begins_at_its_step_and_not_before_masks_stay(llama, tokens, as
         trainer.train()
         assert began == [expected] and trainer.quantise_step == expected
     assert ASTTrainer(llama(), ast(), tokens()).quantise_step is None
+
+
+@pytest.mark.parametrize("schedule,after", [("cosine", None), ("linear", None), ("constant", 1.0)])
+def test_weights_can_move_on_the_grid(llama, tokens, ast, schedule, after):
+    """The phase begins at a share of the learning rate, or where the schedule is above, and falls."""
+    options = {"max_steps": 20, "lr_scheduler_type": schedule, "quantise_ratio": 0.25, "warmup_steps": 0}
+    rates = {}
+    for format in ("semi24_int4", None):
+        trainer = ASTTrainer(llama(), ast(**options, format=format, masked_decay=0.0), tokens(128))
+        trainer.train()
+        found = [line["learning_rate"] for line in trainer.state.log_history if "loss" in line]
+        rates[format] = [rate / trainer.args.learning_rate for rate in found]
+    begin = 15
+    assert rates["semi24_int4"][:begin] == pytest.approx(rates[None][:begin])
+    phase, without = rates["semi24_int4"][begin:], rates[None][begin:]
+    assert phase[0] == pytest.approx(after or max(ROUNDING_RATE, without[0]))
+    assert phase == sorted(phase, reverse=True) and (schedule == "constant" or phase[-1] < 0.3 * phase[0])
+    assert all(one >= other for one, other in zip(phase, without, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_was_written_into_a_branch_counts(dtype):
+    """As a refit does, at the very step at which rounding begins."""
+    linear = nn.Linear(16, 6, bias=False)
+    linear.weight = nn.Parameter(sparse(6, 16).to(dtype))
+    layer = SideLinear.from_linear(linear, branch_of(6, 16, 4))
+    masked = {"params": [layer.weight], "names": ["layer"], "transposed": [False], "masked": True}
+    optimizer = MaskedAdamW([masked, {"params": [layer.side_S], "branch": ["layer.side_S"]}], pattern=NM(2, 4), lr=0.1)
+    layer.weight.grad, layer.side_S.grad = torch.ones_like(layer.weight), torch.ones_like(layer.side_S)
+    optimizer.step()
+    wanted = branch_of(6, 16, 4, size=2.0).S.to(dtype)
+    with torch.no_grad():
+        layer.side_S.copy_(wanted)
+    rounding = begin_rounding_(optimizer, "semi24_int8", {"layer": layer})
+    dense = optimizer.state[layer.side_S]["dense"]
+    assert torch.equal(dense, wanted.float()) and not torch.equal(layer.side_S, wanted)
+    kept = optimizer.state[layer.weight]["dense"] * (layer.weight != 0)
+    assert torch.equal(
+        layer.side_S.float(), rounding("layer", kept, kept != 0, {"side_S": dense})[1]["side_S"].to(dtype).float()
+    )
+    begin_rounding_(optimizer, "semi24_int8", {"layer": layer}, {"layer": rounding.branches["layer"].z_scale})
+    assert torch.equal(optimizer.state[layer.side_S]["dense"], dense), "what is on the grid is no new value on resuming"
 
 
 @pytest.mark.parametrize("options", [{}, {"slorb_group": 16, "slorb_train_x": True}], ids=["plain", "branches"])

@@ -10,6 +10,7 @@ from sparsekit.nn.side import SideLinear
 from sparsekit.train.ast_trainer import ASTTrainer
 from sparsekit.train.optimizer import MaskedAdamW
 from sparsekit.train.restore import Kept, restored_whole_on_failure
+from sparsekit.train.teachers import teaching_copy
 
 EVERYTHING = {"slorb_group": 16, "slorb_init": "mean", "bf16": True, "gradient_checkpointing": True}
 """Options that replace modules, wrap the forward, add hooks and change the config."""
@@ -133,7 +134,7 @@ def test_the_teacher_is_the_only_other_copy(llama, tokens, ast, monkeypatch):
     class Counted(Kept):
         def __init__(self, *args):
             super().__init__(*args)
-            copies.append((self._values is None, self._twin is None))
+            copies.append((not self._copied, self._twin is None))
 
     monkeypatch.setattr("sparsekit.train.restore.Kept", Counted)
     teachers = []
@@ -145,13 +146,35 @@ def test_the_teacher_is_the_only_other_copy(llama, tokens, ast, monkeypatch):
     assert teachers[0] is not None and teachers[1] is None
 
 
-def test_the_body_alone(llama):
+def test_learning_a_mask_takes_no_copy(llama, tokens, tmp_path, monkeypatch):
+    copies = []
+
+    class Counted(Kept):
+        def __init__(self, *args):
+            super().__init__(*args)
+            copies.append(len(self._copied))
+
+    monkeypatch.setattr("sparsekit.train.restore.Kept", Counted)
+    run = {"max_steps": 1, "prior": "magnitude", "use_cpu": True, "save_strategy": "no", "output_dir": str(tmp_path)}
+    sk.prune_(llama(), sk.MaskLLM(**run), dataset=tokens(), progress=False)
+    assert copies == [0]
+
+
+@pytest.mark.parametrize("twin", ["none", "copy", "in fewer bits"])
+def test_the_body_alone(llama, twin):
+    """Values come from the twin where it has the very same, and else from copies."""
     model = llama()
+    autocast = torch.bfloat16 if twin == "in fewer bits" else None
+    twin = None if twin == "none" else teaching_copy(model, autocast)
+    linear = {name for name in model.state_dict() if "proj" in name or "lm_head" in name}
+    copied = set(Kept(model, twin)._copied)
+    assert copied == (set(model.state_dict()) if twin is None else linear if autocast else set())
     before = state_of(model)
-    with pytest.raises(ZeroDivisionError), restored_whole_on_failure(model):
+    with pytest.raises(ZeroDivisionError), restored_whole_on_failure(model, twin):
         model.train().requires_grad_(False)
         model.model.layers[0].mlp.gate_proj = torch.nn.Identity()
-        model.model.norm.weight.data.fill_(7)
+        for parameter in model.parameters():
+            parameter.data.fill_(7)
         model.config.use_cache = False
         model.note = "left here"
         raise ZeroDivisionError

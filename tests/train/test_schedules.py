@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from sparsekit.train.schedules import DECAYED_BY, MaskedDecay, peak_for
+from sparsekit.train.schedules import DECAYED_BY, MaskedDecay, begun_anew, from_the_first_step, peak_for
 
 
 def test_it_rises_from_zero_in_a_line_and_then_stays():
@@ -59,3 +59,27 @@ def test_the_peak_is_finite_where_there_are_no_steps_to_decay_in(start, end):
     peak = peak_for(lambda step: 1e-3, start, end)
     assert 0 < peak <= 0.5 / 1e-3
     assert peak_for(lambda step: 0.0, start, end) == 0.0
+
+
+@pytest.mark.parametrize("warmup", [1, 2, 5])
+def test_no_step_is_for_nothing(warmup):
+    def cosine(step):
+        return step / warmup if step < warmup else (1 + math.cos(math.pi * (step - warmup) / (20 - warmup))) / 2
+
+    rates = from_the_first_step(cosine)
+    assert cosine(0) == 0 < rates(0) == cosine(1) / 2
+    assert [rates(step) for step in range(1, 20)] == [cosine(step) for step in range(1, 20)]
+
+
+def test_a_schedule_without_warm_up_stays_as_it_is():
+    assert [from_the_first_step(lambda step: 0.9**step)(step) for step in range(4)] == [1, 0.9, 0.9**2, 0.9**3]
+
+
+def test_a_phase_begins_anew_and_ends_at_nothing():
+    rates = begun_anew(lambda step: 0.01, start=10, end=30, peak=0.2)
+    assert [rates(step) for step in range(10)] == [0.01] * 10
+    found = [rates(step) for step in range(10, 31)]
+    assert found[0] == 0.2 and found[10] == pytest.approx(0.1) and found == sorted(found, reverse=True)
+    assert found[-1] == 0.01, "where the schedule itself is above, it stays"
+    assert begun_anew(lambda step: 0.5, 0, 5, 0.2)(0) == 0.5
+    assert begun_anew(lambda step: 0.0, 5, 5, 0.2)(5) == 0.2, "a phase of no steps"

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from sparsekit.train.distill import Head, distillation_loss, square_head
-from sparsekit.train.teachers import Teacher
+from sparsekit.train.teachers import Teacher, teaching_copy
 
 V = 97
 SIZES = dict(
@@ -133,3 +133,38 @@ def test_only_the_student_gets_a_gradient(llama):
 
 def test_the_embeddings_are_found(llama):
     assert Teacher(llama).get_input_embeddings() is llama.get_input_embeddings()
+
+
+# --- a copy to teach from -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_copy_for_autocast_says_the_same_in_half_the_bytes(name, dtype):
+    """Bit for bit: hidden states and logits. What is tied to an embedding keeps its bits, for that reads them."""
+    torch.manual_seed(0)
+    model, batch = MODELS[name]().eval(), {"input_ids": tokens(3, 11)}
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    small, whole = Teacher(teaching_copy(model, dtype)), Teacher(copy.deepcopy(model))
+    with torch.autocast("cpu", dtype=dtype):
+        found, expected = (teacher.outputs(batch, output_hidden_states=True) for teacher in (small, whole))
+        assert torch.equal(found.head(found.hidden), expected.head(expected.hidden))
+    assert all(torch.equal(*pair) for pair in zip(small.hidden_states, whole.hidden_states, strict=True))
+    cast = {key for key, value in small.model.state_dict().items() if value.dtype == dtype}
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    is_linear = [key for key in state if any(part in key for part in ("proj", "fc", "c_attn"))]
+    assert cast == set(is_linear) | (set() if tied else {"lm_head.weight"})
+    assert tied == (small.model.get_output_embeddings().weight is small.model.get_input_embeddings().weight)
+    assert all(
+        torch.equal(value, state[key]) and value.dtype == torch.float32 for key, value in model.state_dict().items()
+    )
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_without_autocast_a_copy_is_a_copy(llama):
+    twin = teaching_copy(llama)
+    assert all(torch.equal(value, twin.state_dict()[key]) for key, value in llama.state_dict().items())
+    ours = {parameter.data_ptr() for parameter in llama.parameters()}
+    assert not ours & {parameter.data_ptr() for parameter in twin.parameters()}
+    half = teaching_copy(copy.deepcopy(llama).bfloat16(), torch.float16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}, "fewer bits are not other bits"
