@@ -209,6 +209,8 @@ class Plan:
             embedding.
         perms: module name -> order of its input features, which masks and scales refer to.
         side: module name -> low-rank branch beside its sparse weight; each module has a mask, too.
+        sensitivity: key of `cuts` -> how much the model's answers suffer where this part alone keeps 0, 1, … of its
+            units, float64 [num + 1]; of methods that measure it. Nothing is applied from it.
     """
 
     masks: dict[str, Mask] = field(default_factory=dict)
@@ -218,14 +220,15 @@ class Plan:
     perms: dict[str, InputOrder] = field(default_factory=dict)
     side: dict[str, SideBranch] = field(default_factory=dict)
     scales: dict[str, Tensor] = field(default_factory=dict)
+    sensitivity: dict[str, Tensor] = field(default_factory=dict)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Plan):
             return NotImplemented
         return (
             all(getattr(self, name) == getattr(other, name) for name in _PLAIN)
-            and self.scales.keys() == other.scales.keys()
-            and all(_same(scales, other.scales[name]) for name, scales in self.scales.items())
+            and _all_same(self.scales, other.scales)
+            and _all_same(self.sensitivity, other.sensitivity)
         )
 
     __hash__ = None  # type: ignore[assignment]
@@ -278,11 +281,13 @@ class Plan:
             "notes": self.notes,
             "cuts": {name: {"kind": cut.kind, "num": cut.num} for name, cut in self.cuts.items()},
             "perms": list(self.perms),
+            "sensitivity": list(self.sensitivity),
             "side": {name: {"group": branch.group, "X": branch.X is not None} for name, branch in self.side.items()},
         }
         tensors: dict[str, Tensor] = {f"masks.{name}": mask.bits.cpu() for name, mask in self.masks.items()}
         tensors |= {f"scales.{name}": scales.cpu().contiguous() for name, scales in self.scales.items()}
         tensors |= {f"cuts.{name}": cut.kept.cpu().contiguous() for name, cut in self.cuts.items()}
+        tensors |= {f"sensitivity.{name}": curve.cpu().contiguous() for name, curve in self.sensitivity.items()}
         for name, perm in self.perms.items():
             tensors[f"perms.{name}.order"] = perm.order.cpu().contiguous()
             tensors[f"perms.{name}.signature"] = perm.signature.cpu().contiguous()
@@ -383,7 +388,8 @@ class Plan:
                     for name, spec in header.get("side", {}).items()
                 }
                 made_by, notes = MadeBy(**header["made_by"]), list(header["notes"])
-                plan = cls(masks, made_by, notes, cuts, perms, side, scales)
+                curves = {name: file.get_tensor(f"sensitivity.{name}") for name in header.get("sensitivity", [])}
+                plan = cls(masks, made_by, notes, cuts, perms, side, scales, curves)
                 plan.check_scales()
                 plan.check_side()
                 plan.check_perms()
@@ -393,12 +399,16 @@ class Plan:
             raise CheckpointError(f"{path} is not a complete sparsekit plan ({error}): make it again") from error
 
 
-_PLAIN = tuple(field.name for field in fields(Plan) if field.name != "scales")
+_PLAIN = tuple(field.name for field in fields(Plan) if field.name not in ("scales", "sensitivity"))
 
 
 def _few(values: Tensor, limit: int = 8) -> str:
     listed = ", ".join(map(str, values[:limit].tolist()))
     return f"[{listed}{', …' if len(values) > limit else ''}]"
+
+
+def _all_same(these: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
+    return these.keys() == others.keys() and all(_same(each, others[name]) for name, each in these.items())
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -4,7 +4,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.nn as nn
 from torch import Tensor
@@ -27,6 +27,7 @@ from sparsekit.surgery import apply_
 from sparsekit.targets import find_targets, weight_NK
 
 DEFAULT_PATTERN = NM(2, 4)
+T = TypeVar("T")
 
 
 def sparsify(
@@ -245,10 +246,10 @@ def merged(first: Plan, second: Plan) -> Plan:
 
     Names of the first are followed to where they are in the model without the layers that the second takes out.
     """
-    cuts = dict(first.cuts)
+    cuts, curves = dict(first.cuts), dict(first.sensitivity)
     for name, cut in second.cuts.items():
         if cut.kind == "layers":
-            cuts = _without_layers(cuts, name, cut)
+            cuts, curves = _without_layers(cuts, name, cut), _without_layers(curves, name, cut)
     for name, cut in second.cuts.items():
         before = cuts.get(name)
         cuts[name] = cut if before is None else Cut(before.kept[cut.kept], before.num, cut.kind)
@@ -258,13 +259,19 @@ def merged(first: Plan, second: Plan) -> Plan:
         config={first.made_by.method: first.made_by.config, **second.made_by.config},
         updates_weights=first.made_by.updates_weights or second.made_by.updates_weights,
     )
-    return replace(second, cuts=cuts, made_by=made_by, notes=[*first.notes, *second.notes])
+    return replace(
+        second,
+        cuts=cuts,
+        made_by=made_by,
+        notes=[*first.notes, *second.notes],
+        sensitivity=second.sensitivity | curves,
+    )
 
 
-def _without_layers(cuts: dict[str, Cut], blocks: str, cut: Cut) -> dict[str, Cut]:
-    """Return cuts by the names that their layers have when `cut` left the list `blocks`."""
+def _without_layers(cuts: dict[str, T], blocks: str, cut: Cut) -> dict[str, T]:
+    """Return cuts, or what else there is of layers, by the names that these have when `cut` left the list `blocks`."""
     places = {f"{blocks}.{old}.": f"{blocks}.{new}." for new, old in enumerate(cut.kept.tolist())}
-    found = {}
+    found: dict[str, T] = {}
     for name, each in cuts.items():
         if not name.startswith(f"{blocks}."):
             found[name] = each

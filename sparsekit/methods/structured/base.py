@@ -70,6 +70,7 @@ class Job:
         gradients: width -> gradient of each batch's loss by its mask, [batches, num_units], where the method asked.
         first_only: widths of which the model's head reads the first token alone.
         joins: reader -> where its output joins the residual stream, as far as that was looked for; see `Watcher`.
+        sensitivity: width -> how much the answers suffer with n of its units, for the plan, where that was measured.
         notes: for the plan.
         failure: why the rest of the readers are left as they are; "" while all is well.
     """
@@ -86,6 +87,7 @@ class Job:
     gradients: dict[str, Tensor] = field(default_factory=dict)
     first_only: frozenset[str] = frozenset()
     joins: dict[str, str | None] = field(default_factory=dict)
+    sensitivity: dict[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     failure: str = ""
 

@@ -79,8 +79,8 @@ class Contribution(WidthMethod):
             return job.solver.evenly()
         if self.allocation == "global":
             return job.solver.choose(global_values(job.scores))
-        curves = sensitivity_curves(job, job.solver.least, self.damping)
-        return job.solver.choose({name: -curve for name, curve in curves.items()})
+        job.sensitivity = sensitivity_curves(job, job.solver.least, self.damping)
+        return job.solver.choose({name: -curve for name, curve in job.sensitivity.items()})
 
     def decide(self, job: Job, reader: Reader, num: int, seen: InputSums | Moments | None) -> Decided:
         assert isinstance(seen, Moments)

@@ -8,19 +8,22 @@ small errors, to second order, when they do not depend on each other.
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from sparsekit.archs import find_widths
 from sparsekit.calibration import Walk
+from sparsekit.calibration.samples import Batch
 from sparsekit.calibration.walk import Step
 from sparsekit.methods.structured.base import Job, Reader
 from sparsekit.methods.structured.divergence import Answers
 from sparsekit.methods.structured.inputs import check_inputs
 from sparsekit.methods.structured.moments import Moments
 from sparsekit.methods.structured.removal import removals
-from sparsekit.methods.structured.watch import Tokens, Watcher
+from sparsekit.methods.structured.watch import Tokens, Watcher, first_only_readers
+from sparsekit.progress import progress_bar
 from sparsekit.targets import is_conv1d
 
 SHARES = (0.85, 0.65, 0.45, 0.3, 0.15)
@@ -29,6 +32,25 @@ _HELD_BACK = 8
 """One batch of so many is not fitted to, and judges, up to `_MOST_JUDGES` tokens; one always does."""
 _MOST_JUDGES = 1024
 _SMALLEST = 1e-12
+
+
+def measure_sensitivity(
+    model: nn.Module, batches: list[Batch], *, damping: float = 0.01, progress: bool = True
+) -> dict[str, Tensor]:
+    """Return `sensitivity_curves` of all widths of a dense model, down to one head and eight channels.
+
+    Args:
+        model: left as it was.
+        batches: unlabelled calibration data, as `load_samples` makes them.
+        damping: of the refit.
+        progress: show a bar.
+    """
+    widths = find_widths(model)
+    least = {width.name: 1 if width.kind == "heads" else min(8, width.num_units) for width in widths}
+    with progress_bar("sensitivity", len(widths), progress) as bar:
+        job = Job(model, widths, batches, cast(Any, None), bar)  # without a budget there is nothing to solve
+        job.first_only = first_only_readers(model, least, batches[0])
+        return sensitivity_curves(job, least, damping)
 
 
 def sensitivity_curves(job: Job, least: dict[str, int], damping: float) -> dict[str, Tensor]:
