@@ -1,5 +1,6 @@
 """Dense against sparse on this machine: honest timing, measured ceilings, layers, and whole models."""
 
+from sparsekit.benchmarking.against_dense import BATCH_SIZES, against_dense
 from sparsekit.benchmarking.forward import example_inputs, time_forward
 from sparsekit.benchmarking.latency_table import LatencyCheck, LatencyTable, check_prediction, measure_latency
 from sparsekit.benchmarking.layers import LayerShape, build_pair, in_format, measure_shapes, random24, time_layers
@@ -9,6 +10,7 @@ from sparsekit.benchmarking.shapes import SHAPES, get_shapes
 from sparsekit.benchmarking.timing import Comparison, Timing, compare, rotate, time_pair
 
 __all__ = [
+    "BATCH_SIZES",
     "SHAPES",
     "Ceilings",
     "Comparison",
@@ -16,6 +18,7 @@ __all__ = [
     "LatencyTable",
     "LayerShape",
     "Timing",
+    "against_dense",
     "benchmark",
     "build_pair",
     "cache_bytes",

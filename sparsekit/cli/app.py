@@ -1,6 +1,6 @@
 """The commands and their options."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,6 +12,7 @@ from sparsekit.cli.options import (
     Dtype,
     Ignore,
     JsonPath,
+    Labels,
     NewTokens,
     NumTokens,
     PromptLength,
@@ -19,6 +20,7 @@ from sparsekit.cli.options import (
     Rounds,
     Shapes,
     Targets,
+    TextColumn,
     TimedFormat,
 )
 from sparsekit.cli.train_app import train_app
@@ -50,24 +52,89 @@ def root(
 def prune(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub name of a trained model.")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="Folder to write.")],
-    pattern: Annotated[str, typer.Option(help="2:4, any N:M, 64x64 (blocks) or unstructured.")] = "2:4",
+    pattern: Annotated[
+        str | None,
+        typer.Option(
+            help="2:4, any N:M, 64x64 (blocks) or unstructured: zeros. structured (heads and channels) or depth "
+            "(blocks): a smaller dense model. structured,2:4: one after the other. [2:4, or what --method makes]"
+        ),
+    ] = None,
     method: Annotated[
         str | None,
-        typer.Option(help="magnitude, wanda, ria, sparsegpt or alps. [sparsegpt with a dataset, else magnitude]"),
+        typer.Option(
+            help="For zeros: magnitude, wanda, ria, sparsegpt or alps. [sparsegpt with a dataset, else magnitude] "
+            "Structured: contribution, kcm, fisher, flap, wanda-sp, magnitude-sp, slicegpt or depth. [contribution "
+            "with a dataset, else magnitude-sp]"
+        ),
+    ] = None,
+    sparsity: Annotated[
+        float | None,
+        typer.Option(help="Share removed, for patterns that do not fix it. [0.5; structured: see --flops]"),
+    ] = None,
+    flops: Annotated[
+        str | None,
+        typer.Option(
+            help="Structured: FLOPs of the blocks that may stay, as 60% or 5e9. Give exactly one of --sparsity, "
+            "--flops, --params, --latency-ms, --speedup."
+        ),
+    ] = None,
+    params: Annotated[
+        str | None,
+        typer.Option(help="Structured: of the blocks' parameters a share, as 60%; of the model's all, as 5e9."),
+    ] = None,
+    latency_ms: Annotated[
+        float | None, typer.Option(help="Structured: milliseconds of a forward pass on this machine.")
+    ] = None,
+    speedup: Annotated[float | None, typer.Option(help="Structured: times faster than now, as 1.5.")] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Structured: sequences in a batch, for --latency-ms and --speedup. [1]")
+    ] = None,
+    length: Annotated[
+        int | None,
+        typer.Option(help="Structured: tokens of a sequence, for FLOPs and time. [mean of the dataset, else 128]"),
+    ] = None,
+    round_to: Annotated[
+        int | None, typer.Option(help="Structured: what is left of each dimension is a multiple of this. [1]")
+    ] = None,
+    uniform: Annotated[
+        bool,
+        typer.Option("--uniform", help="Structured: as many in each layer, so that every engine opens the result."),
+    ] = False,
+    tensor_parallel: Annotated[
+        int | None, typer.Option(help="Structured: devices that the layers can be dealt out to. [1]")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="FIELD=VALUE", help="Structured: any other field of the method, as add_biases=true."
+        ),
     ] = None,
     permute: Annotated[
         bool, typer.Option("--permute", help="First put inputs into the order that keeps most; free at run time.")
     ] = False,
-    dataset: Annotated[str | None, typer.Option(metavar="FILE", help="Calibration text: .txt .jsonl .parquet")] = None,
-    eval_dataset: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Text for perplexity before and after.")
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Calibration text: .txt .jsonl .parquet; structured: .tsv and .csv, too, or a folder of images.",
+        ),
     ] = None,
-    sparsity: Annotated[float, typer.Option(help="Share removed, for patterns that do not fix it.")] = 0.5,
+    eval_dataset: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Held-out text for perplexity before and after; labelled, for accuracy."),
+    ] = None,
+    labels: Labels = None,
+    text_column: TextColumn = None,
     targets: Targets = None,
     ignore: Ignore = None,
-    num_calibration_samples: Annotated[int, typer.Option(help="Samples used, at most.")] = 128,
+    num_calibration_samples: Annotated[
+        int | None,
+        typer.Option(help="Samples used, at most. [128; structured: 1024 texts of an encoder, 256 images]"),
+    ] = None,
     max_seq_length: Annotated[int, typer.Option(help="Tokens of a sample, at most.")] = 2048,
-    batch_size: Annotated[int, typer.Option(help="Samples at a time.")] = 1,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Samples at a time. [1; structured: 32 texts of an encoder]")
+    ] = None,
     format: Annotated[
         str, typer.Option(help="Of the packed weights: auto, semi24, semi24_int8, semi24_int4, semi24_fp8 or block.")
     ] = "auto",
@@ -77,29 +144,90 @@ def prune(
     dtype: Dtype = "auto",
     device: Device = None,
     bench: Annotated[bool, typer.Option(help="End with dense against sparse on this machine.")] = True,
+    bench_batches: Annotated[
+        str | None, typer.Option(help="Structured: batch sizes to time at the end. [1,8,32]")
+    ] = None,
+    plot: Annotated[
+        bool | None,
+        typer.Option(help="Structured: write sensitivity.png beside the model. [where matplotlib is installed]"),
+    ] = None,
     json: JsonPath = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Prune a trained model, check it, save it, and time it against the dense one."""
     from sparsekit.cli.output import running
-    from sparsekit.cli.prune import PruneOptions, run_prune
 
     with running("prune", json, quiet, debug) as output:
+        from sparsekit.cli.calibration_file import CalibrationFile
+        from sparsekit.cli.prune import PruneOptions, run_prune
+        from sparsekit.cli.settings import parse_settings
+        from sparsekit.cli.structured import run_structured
+        from sparsekit.cli.structured_options import StructuredOptions, default_pattern, is_structured, split
+
+        patterns, methods = split(pattern), split(method)
+        budget = {"flops": flops, "params": params, "latency_ms": latency_ms, "speedup": speedup}
+        shapes = {"round_to": round_to, "tensor_parallel": tensor_parallel, "uniform": uniform or None}
+        if is_structured(patterns, methods):
+            refuse_given(
+                "a structured pattern",
+                {
+                    "--permute": permute or None,
+                    "--format": format if format != "auto" and len(patterns) < 2 else None,
+                    "--backend": backend if backend != "auto" and len(patterns) < 2 else None,
+                },
+            )
+            structured = StructuredOptions(
+                model=model,
+                out=out,
+                patterns=patterns or (default_pattern(methods),),
+                methods=methods,
+                budget={"sparsity": sparsity, **budget},
+                batch=batch,
+                length=length,
+                shapes={name: value for name, value in shapes.items() if value is not None},
+                fields=parse_settings(set_ or []),
+                dataset=CalibrationFile(dataset, "--dataset", text_column, labels) if dataset else None,
+                eval_dataset=CalibrationFile(eval_dataset, "--eval-dataset", text_column, labels)
+                if eval_dataset
+                else None,
+                targets=tuple(targets or ("Linear",)),
+                ignore=tuple(ignore if ignore is not None else ("lm_head",)),
+                num_calibration_samples=num_calibration_samples,
+                max_seq_length=max_seq_length,
+                batch_size=batch_size,
+                format=format,
+                backend=backend,
+                seed=seed,
+                packed=packed,
+                dtype=dtype,
+                device=device,
+                bench=bench,
+                bench_batches=parse_numbers(bench_batches, "--bench-batches") if bench_batches else None,
+                plot=plot,
+            )
+            run_structured(structured, output)
+            return
+        others = {"batch": batch, "length": length, "set": set_, "labels": labels, "text_column": text_column}
+        others |= {"bench_batches": bench_batches, "plot": plot}
+        refuse_given(
+            f"a pattern of zeros, as {pattern or '2:4'}",
+            {f"--{name.replace('_', '-')}": value for name, value in (budget | shapes | others).items()},
+        )
         options = PruneOptions(
             model=model,
             out=out,
-            pattern=pattern,
-            method=method,
+            pattern="2:4" if pattern is None else pattern,
+            method=None if method is None else method.replace("-", "_"),
             permute=permute,
             dataset=dataset,
             eval_dataset=eval_dataset,
-            sparsity=sparsity,
+            sparsity=0.5 if sparsity is None else sparsity,
             targets=tuple(targets or ("Linear",)),
             ignore=tuple(ignore if ignore is not None else ("lm_head",)),
-            num_calibration_samples=num_calibration_samples,
+            num_calibration_samples=128 if num_calibration_samples is None else num_calibration_samples,
             max_seq_length=max_seq_length,
-            batch_size=batch_size,
+            batch_size=1 if batch_size is None else batch_size,
             format=format,
             backend=backend,
             seed=seed,
@@ -270,7 +398,14 @@ def demo(
         run_demo(options, output)
 
 
-def parse_numbers(text: str) -> tuple[int, ...]:
+def refuse_given(what: str, options: dict[str, Any]) -> None:
+    """Raise ValueError where an option was given that `what` has no use for; None is what was not given."""
+    given = [f"{name} {value}" for name, value in options.items() if value is not None]
+    if given:
+        raise ValueError(f"{', '.join(given)}: not for {what}; leave it out")
+
+
+def parse_numbers(text: str, option: str = "--num-tokens") -> tuple[int, ...]:
     """Return the whole numbers of "1,8,64".
 
     Raises:
@@ -279,4 +414,4 @@ def parse_numbers(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(word) for word in text.split(","))
     except ValueError as error:
-        raise ValueError(f"--num-tokens {text!r}: whole numbers with commas, as 1,8,64") from error
+        raise ValueError(f"{option} {text!r}: whole numbers with commas, as 1,8,64") from error

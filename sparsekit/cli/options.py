@@ -27,4 +27,16 @@ NumTokens = Annotated[str, typer.Option(help="Numbers of tokens M to time, with 
 BatchSize = Annotated[int, typer.Option(help="Sequences at a time.")]
 PromptLength = Annotated[int, typer.Option(help="Tokens of the prompt.")]
 NewTokens = Annotated[int, typer.Option(help="Tokens to decode.")]
+Labels = Annotated[
+    str | None,
+    typer.Option(
+        metavar="COLUMN",
+        help="Column of a .tsv, .csv, .jsonl or .parquet that holds labels, for what learns from them or is judged "
+        "by them. [label, labels, or the second one]",
+    ),
+]
+TextColumn = Annotated[
+    str | None,
+    typer.Option(metavar="COLUMN", help="Column that holds the text. [text, sentence, question, or the first]"),
+]
 Rounds = Annotated[int, typer.Option(help="Timed passes of each side.")]
