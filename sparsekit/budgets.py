@@ -164,6 +164,15 @@ class Budget:
             return {self.kind: _up(total / 1e6)}
         return {self.kind: f"{100 * _up(cost / max(costs.dense, 1)):.4g}%" if self.is_share else total}
 
+    def met(self, cost: int, costs: Costs) -> str:
+        """Return a sentence on what widths of this cost leave, and on how far that is from the budget."""
+        if costs.measure == "ns":
+            now, before = (f"{(each + costs.fixed) / 1e6:.4g}" for each in (cost, costs.dense))
+            said = f"{now} of {before} ms are left, by the latency table"
+        else:
+            said = f"{cost / max(costs.dense, 1):.1%} of the {costs.measure} of the blocks are left"
+        return f"{said}; nothing nearer to {self} was found" if cost < self.limits(costs)[0] else said
+
     def __str__(self) -> str:
         share = self.is_share and self.kind != "sparsity"
         return f"{self.kind}={f'{100 * self.amount:g}%' if share else f'{self.amount:g}'}"
@@ -268,8 +277,8 @@ def _unreached(prices: list[np.ndarray], budget: Budget, costs: Costs) -> str:
     near += [sum(dearest) - above.cost] if above else []
     return (
         f"no legal widths reach {budget} within {budget.tolerance:.1%}: "
-        f"{' and '.join(str(budget.entry(cost, costs)) for cost in near)} can be had. Finer steps come with a smaller "
-        "round_to, tensor_parallel or min_units, or uniform=False"
+        f"{' and '.join(str(budget.entry(cost, costs)) for cost in near)} can be had. Less is left with a smaller "
+        "min_heads or min_channels, and steps are finer with a smaller round_to or tensor_parallel, or uniform=False"
     )
 
 

@@ -9,23 +9,14 @@ about each reader in turn, with the inputs that it has by then and the sums that
 teacher that says so is the same model, run with its old weights on its own inputs.
 """
 
-from bisect import bisect_right
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparsekit.archs import Width, find_blocks, find_widths
-from sparsekit.benchmarking.forward import as_timed, example_inputs
-from sparsekit.benchmarking.latency_table import measure_latency
-from sparsekit.benchmarking.machine import device_of
-from sparsekit.benchmarking.timing import compare
-from sparsekit.budgets import Budget, Costs, allocate, count_flops, count_params, even_values
+from sparsekit.archs import Width, find_widths
 from sparsekit.calibration import Walk, load_samples
 from sparsekit.calibration.quiet import as_in_inference
 from sparsekit.calibration.samples import Batch
@@ -34,8 +25,8 @@ from sparsekit.errors import NonFiniteError, Unsupported
 from sparsekit.methods.structured.allocation import best_units
 from sparsekit.methods.structured.base import Job, StructuredMethod, WidthMethod
 from sparsekit.methods.structured.biases import give_biases_
-from sparsekit.methods.structured.depth import Depth, skipped
-from sparsekit.methods.structured.inputs import InputSums, check_inputs, mean_length, run
+from sparsekit.methods.structured.depth import Depth
+from sparsekit.methods.structured.inputs import InputSums, check_inputs, check_tokens, run
 from sparsekit.methods.structured.labels import labelled_batches
 from sparsekit.methods.structured.moments import Moments
 from sparsekit.methods.structured.recover import only_columns
@@ -48,15 +39,14 @@ from sparsekit.methods.structured.slicegpt import (
     rotate_,
 )
 from sparsekit.methods.structured.watch import Tokens, Watcher, first_only_readers, first_tensor
+from sparsekit.nn import SideLinear, sparse_layers
 from sparsekit.plan import Cut, Plan
 from sparsekit.progress import Progress, progress_bar
 from sparsekit.residual import check_thin
-from sparsekit.shapes import legal_widths
+from sparsekit.shorten import shorten_
 from sparsekit.snapshot import Snapshot, restored_on_failure
-from sparsekit.targets import Entry, find_targets, is_conv1d, is_linear, set_weight_NK_, weight_NK
-
-_LENGTH = 128
-"""Tokens of a sequence, for budgets in FLOPs or time, where neither the config nor the data say how many."""
+from sparsekit.targets import Entry, find_targets, is_conv1d, set_weight_NK_, weight_NK
+from sparsekit.width_solver import WidthSolver
 
 _MOST_OF_ROUNDING = 0.1
 """By which answers may change, relatively, where they should not; bfloat16 makes a few hundredths."""
@@ -87,6 +77,9 @@ def shrink_(
         Unsupported: the model is of a family whose parts are not known.
         NonFiniteError: weights or activations hold NaN or infinity.
     """
+    if packed := sparse_layers(model):
+        raise ValueError(f"{next(iter(packed))} is packed: unpack_ the model before it is made smaller")
+    layers = find_targets(model, targets, ignore)
     given: dict[str, Any] = {
         "num_samples": num_calibration_samples,
         "max_length": max_seq_length,
@@ -106,18 +99,18 @@ def shrink_(
         batches, plan.made_by.data_digest = samples.batches, samples.digest
         plan.made_by.sample_length = samples.length
         plan.notes += [samples.note] if samples.note else []
+    check_tokens(batches)
     plan.made_by.num_samples = sum(len(next(iter(batch.values()))) for batch in batches)
     with restored_on_failure(model) as snapshot:
         if isinstance(config, WidthMethod):
-            layers = find_targets(model, targets, ignore)
             with progress_bar(config.name, 2 * len(layers), progress) as bar:
                 _narrow_(model, config, plan, layers, batches, snapshot, bar, seed)
         elif isinstance(config, Depth):
             with progress_bar(config.name, 1, progress) as bar:
-                _shorten_(model, config, plan, batches, snapshot, bar)
+                shorten_(model, config, plan, layers, batches, snapshot, bar)
         elif isinstance(config, SliceGPT):
             with progress_bar(config.name, 1, progress) as bar:
-                _thin_(model, config, plan, batches, snapshot, bar)
+                _thin_(model, config, plan, layers, batches, snapshot, bar)
 
 
 def _narrow_(
@@ -132,7 +125,7 @@ def _narrow_(
 ) -> None:
     """Take out heads and channels; a width takes part if all layers that it touches are targets."""
     widths = _targeted(find_widths(model), layers)
-    solver = _Solver(model, config, widths, batches)
+    solver = WidthSolver(model, config, widths, batches)
     own = [width for width in widths if width.kind in config.kinds]
     if config.wants_biases and (left := give_biases_(model, own, snapshot)):
         plan.notes.append(f"{left[0]} has no bias, nor can its config ask for one: nothing stands for means there")
@@ -142,17 +135,29 @@ def _narrow_(
         job.first_only = first_only_readers(model, [width.name for width in own], inputs[0])
     job.scores = config.score(job)
     counts = config.count(job)
+    plan.sensitivity = job.sensitivity
     plan.notes += solver.notes(counts)
     _Readers(job, config, counts, snapshot, plan).prune_()
 
 
 def _thin_(
-    model: nn.Module, config: SliceGPT, plan: Plan, batches: list[Batch], snapshot: Snapshot, bar: Progress
+    model: nn.Module,
+    config: SliceGPT,
+    plan: Plan,
+    layers: Mapping[str, nn.Module],
+    batches: list[Batch],
+    snapshot: Snapshot,
+    bar: Progress,
 ) -> None:
     """Turn the residual stream, and take out the hidden dimensions that then carry least."""
     stream = Stream.of(model)
+    if left_out := sorted(stream.linears - layers.keys()):
+        raise ValueError(
+            f"targets and ignore leave out {left_out[0]}, and method='slicegpt' turns what all blocks read and write: "
+            "leave them at their defaults"
+        )
     size = model.get_submodule(stream.embedding).get_parameter("weight").shape[1]
-    num_kept = hidden_size_for(model, config, stream, batches)
+    num_kept, what_is_left = hidden_size_for(model, config, stream, batches)
     was_tied = model.get_submodule(stream.head).weight is model.get_submodule(stream.embedding).weight
     if num_kept == size:
         return
@@ -170,192 +175,9 @@ def _thin_(
         )
     deaden_(model, stream, num_kept)
     plan.cuts[stream.embedding] = Cut(torch.arange(num_kept), size, "hidden")
-    plan.notes.append(f"{num_kept} of {size} hidden dimensions are left")
+    plan.notes += [f"{num_kept} of {size} hidden dimensions are left", what_is_left]
     if was_tied:
         plan.notes.append(f"{stream.head} no longer shares its weight with {stream.embedding}, which costs parameters")
-
-
-def _shorten_(
-    model: nn.Module, config: Depth, plan: Plan, batches: list[Batch], snapshot: Snapshot, bar: Progress
-) -> None:
-    """Take out blocks; what writes to the residual stream there becomes zero, where that makes a block pass on its
-    input."""
-    linears = [name for name, module in model.named_modules() if is_linear(module)]
-    lists = find_blocks(model, linears)
-    if len(lists) != 1:
-        raise Unsupported(
-            f"method='depth' takes blocks out of one list, and this model has {', '.join(lists) or 'none'}: load the "
-            "part that is to be shortened by itself"
-        )
-    ((name, blocks),) = lists.items()
-    num_kept = _num_blocks(model, config, blocks, batches)
-    gone = config.choose(model, blocks, len(blocks) - num_kept, batches, bar)
-    kept = torch.tensor([place for place in range(len(blocks)) if place not in gone])
-    if not gone:
-        return
-    plan.cuts[name] = Cut(kept, len(blocks), "layers")
-    plan.notes.append(f"{len(kept)} of {len(blocks)} blocks are left; without {', '.join(map(str, gone))}")
-    alive = [blocks[place] for place in gone if not _silence_(model, blocks[place], batches[0], snapshot)]
-    if alive:
-        plan.notes.append(
-            f"{alive[0]} cannot pass on its input by zeros in its weights: it stays as it is until apply_ takes it out"
-        )
-
-
-def _num_blocks(model: nn.Module, config: Depth, blocks: list[str], batches: list[Batch]) -> int:
-    """Return how many blocks the budget pays for; they are taken to cost the same each.
-
-    Raises:
-        ValueError: it pays for none.
-    """
-    budget, num = Budget.parse(config.budget), len(blocks)
-    sizes = [sum(parameter.numel() for parameter in model.get_submodule(block).parameters()) for block in blocks]
-    total, fixed = sum(sizes), sum(parameter.numel() for parameter in model.parameters()) - sum(sizes)
-    if budget.measure == "flops":
-        widths = find_widths(model)
-        length = config.length or mean_length(model, widths[0].name, batches) or _LENGTH
-        total, fixed = count_flops(model, widths, length).dense, 0
-    elif budget.measure == "ns":
-        total, fixed = _time_of_blocks(model, config, blocks, batches)
-    costs = Costs(budget.measure, {"blocks": np.arange(num + 1, dtype=np.int64) * (total // num)}, fixed)
-    num_kept = min(num, budget.limits(costs)[1] // (total // num))
-    if num_kept < 1:
-        raise ValueError(f"{budget} pays for no block: {budget.entry(total // num, costs)} pays for one of {num}")
-    return num_kept
-
-
-def _time_of_blocks(model: nn.Module, config: Depth, blocks: list[str], batches: list[Batch]) -> tuple[int, int]:
-    """Return the nanoseconds of a model's blocks, and those of the rest."""
-    length = config.length or mean_length(model, blocks[0], batches) or _LENGTH
-    inputs = example_inputs(model, config.batch, round(length))
-    examples: dict[str, Any] = {}
-
-    def rest() -> None:
-        with ExitStack() as stack:
-            for block in blocks:
-                stack.enter_context(skipped(model.get_submodule(block), examples[block]))
-            model(**inputs)
-
-    with as_timed(model):
-        with ExitStack() as hooks:
-            for block in blocks:
-                keep = partial(_keep_output, examples, block)
-                hooks.callback(model.get_submodule(block).register_forward_hook(keep).remove)
-            model(**inputs)
-        timings = compare({"model": lambda: model(**inputs), "rest": rest}, device=device_of(model)).timings
-    whole, fixed = (round(1e9 * timings[name].median) for name in ("model", "rest"))
-    return max(whole - fixed, len(blocks)), fixed
-
-
-def _keep_output(found: dict[str, Any], name: str, module: nn.Module, args: Any, output: Any) -> None:
-    found[name] = output
-
-
-@torch.no_grad()
-def _silence_(model: nn.Module, block: str, batch: Batch, snapshot: Snapshot) -> bool:
-    """Write zeros into what a block adds to the residual stream; return whether it passes on its input then.
-
-    If it does not, as where norms come after the sums, it is left as it was.
-    """
-    try:
-        readers = [width.name for width in find_widths(model) if width.name.startswith(f"{block}.")]
-    except Unsupported:
-        return False
-    own = {name: list(model.get_submodule(name).parameters(recurse=False)) for name in readers}
-    before = {name: [each.detach().clone() for each in parameters] for name, parameters in own.items()}
-    for name, parameters in own.items():
-        snapshot.remember(name)
-        for parameter in parameters:
-            parameter.zero_()
-    states: list[Tensor] = []
-    with as_in_inference(model), ExitStack() as hooks:
-        module = model.get_submodule(block)
-        note_input = module.register_forward_pre_hook(
-            lambda module, args, kwargs: states.append(first_tensor((args, kwargs))), with_kwargs=True
-        )
-        hooks.callback(note_input.remove)
-        hooks.callback(module.register_forward_hook(lambda m, args, output: states.append(first_tensor(output))).remove)
-        run(model, batch)
-    passes_on = torch.equal(states[0], states[1])
-    if not passes_on:
-        for name, parameters in own.items():
-            for parameter, old in zip(parameters, before[name], strict=True):
-                parameter.copy_(old)
-    return passes_on
-
-
-class _Solver:
-    """The budget of a config, for `Job`."""
-
-    def __init__(self, model: nn.Module, config: WidthMethod, widths: list[Width], batches: list[Batch]) -> None:
-        self.budget = Budget.parse(config.budget)
-        self.legal = legal_widths(
-            model,
-            widths,
-            round_to=config.round_to,
-            tensor_parallel=config.tensor_parallel,
-            uniform=config.uniform,
-            min_units={"heads": config.min_heads, "channels": config.min_channels},
-            whole=[width.name for width in widths if width.kind not in config.kinds],
-        )
-        self.least = {name: numbers[0] for name, numbers in self.legal.numbers.items()}
-        self.remarks = list(self.legal.remarks)
-        self.costs = self._costs(model, config, batches)
-
-    def _costs(self, model: nn.Module, config: WidthMethod, batches: list[Batch]) -> Costs:
-        """Return what the widths cost, in the measure of the budget."""
-        if self.budget.measure == "params":
-            return count_params(model, self.legal.widths)
-        length = config.length or mean_length(model, self.legal.widths[0].name, batches) or _LENGTH
-        if self.budget.measure == "flops":
-            return count_flops(model, self.legal.widths, length)
-        table = measure_latency(model, self.legal, batch_size=config.batch, length=round(length))
-        self.remarks += table.notes
-        return table.costs()
-
-    def choose(self, values: Mapping[str, Tensor], *, eased: bool = False) -> dict[str, int]:
-        costs, budget = self.costs, self.budget
-        if eased:
-            share = max(budget.limits(costs)[1], 0) / costs.dense
-            costs, budget = Costs("params", costs.curves), Budget("params", min(share**0.5, 1.0), True, tolerance=1.0)
-        return allocate(values, costs, budget, self.legal).num_kept
-
-    def evenly(self) -> dict[str, int]:
-        return self.choose(even_values(self.costs))
-
-    def above_threshold(self, scores: Mapping[str, Tensor]) -> dict[str, int]:
-        """Take units by falling score, whatever they cost, while the budget pays for them; one that it does not pay for
-        is left out, and smaller ones after it are not."""
-        groups = [names for names in self.legal.groups if len(self.legal.numbers[names[0]]) > 1]
-        counts = {name: numbers[0] for name, numbers in self.legal.numbers.items()}
-        left = self.budget.limits(self.costs)[1] - self.costs.of(counts)
-        if left < 0:
-            return self.evenly()  # which says what can be reached
-        units = torch.cat([torch.cat([scores[name].double() for name in names]) for names in groups])
-        owners = torch.repeat_interleave(torch.tensor([sum(len(scores[name]) for name in names) for names in groups]))
-        above = [0] * len(groups)
-        for unit in units.sort(descending=True, stable=True).indices.tolist():
-            index = int(owners[unit])
-            names, now = groups[index], counts[groups[index][0]]
-            numbers = self.legal.numbers[names[0]]
-            wanted = numbers[bisect_right(numbers, max((above[index] + 1) // len(names), numbers[0])) - 1]
-            price = sum(int(self.costs.curves[name][wanted] - self.costs.curves[name][now]) for name in names)
-            if price <= left:
-                above[index] += 1
-                left -= price
-                counts |= dict.fromkeys(names, wanted)
-        return counts
-
-    def notes(self, counts: Mapping[str, int]) -> list[str]:
-        """Return what a reader of the report must know about the numbers."""
-        at_least: dict[str, int] = defaultdict(int)
-        for width in self.legal.widths:
-            if counts[width.name] == self.least[width.name] < width.num_units:
-                at_least[width.kind] += 1
-        cost = self.costs.of(counts)
-        notes = [f"{cost / max(self.costs.dense, 1):.1%} of the {self.costs.measure} of the blocks are left"]
-        notes += [f"{num} layers were left the least that was asked for, of {kind}" for kind, num in at_least.items()]
-        return notes + self.remarks
 
 
 class _Readers:
@@ -471,6 +293,8 @@ def _targeted(widths: list[Width], layers: Mapping[str, nn.Module]) -> list[Widt
             f"{', '.join(sorted({rows.name for rows in widths[0].producers}))}; name them all, or none"
         )
     for name in {name for width in found for name in (width.name, *(rows.name for rows in width.producers))}:
+        if isinstance(layers[name], SideLinear):
+            raise ValueError(f"{name} has a side branch, which cannot be cut: fold it in with sparsekit.nn.merge_side_")
         if not bool(weight_NK(layers[name]).isfinite().all()):
             raise NonFiniteError(f"the weight of {name} holds NaN or infinity: load a sound checkpoint first")
     return found

@@ -25,7 +25,7 @@ ORDER = [
     {"calibration", "slicing", "residual", "knapsack", "shapes", "budgets"},
     {"surgery"},
     {"methods"},
-    {"prune", "prune_structured", "reconstruct", "benchmarking", "evaluate"},
+    {"prune", "prune_structured", "reconstruct", "benchmarking", "evaluate", "shorten", "width_solver"},
     {"train"},
     {"sparsify", "doctor"},
     {"__init__"},
@@ -36,7 +36,9 @@ RANK = {name: rank for rank, row in enumerate(ORDER) for name in row}
 TRAINING = {"archs", "budgets", "calibration", "methods", "prune", "reconstruct", "shapes", "surgery"} | {
     "prune_structured",
     "residual",
+    "shorten",
     "slicing",
+    "width_solver",
 }
 RUNTIME = {"formats", "ops", "backends", "nn", "hf", "pack", "checkpoint"}
 

@@ -10,7 +10,7 @@ What is left is as wide as before, and its cache shorter; but blocks are coarse,
 multiple choice shows.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +61,13 @@ class Depth(StructuredMethod):
             raise ValueError(f"contiguous={self.contiguous!r} is neither True nor False")
 
     def choose(
-        self, model: nn.Module, blocks: list[str], num_gone: int, batches: list[Batch], bar: Progress
+        self,
+        model: nn.Module,
+        blocks: list[str],
+        num_gone: int,
+        batches: list[Batch],
+        bar: Progress,
+        staying: Collection[int] = (),
     ) -> list[int]:
         """Return which blocks go, ascending.
 
@@ -71,25 +77,26 @@ class Depth(StructuredMethod):
             num_gone: how many go.
             batches: calibration data.
             bar: to show progress on.
+            staying: blocks that cannot go.
         Raises:
-            ValueError: so many cannot go, for the ends are protected.
+            ValueError: so many cannot go.
             NonFiniteError: activations hold NaN or infinity.
         """
-        free = range(self.protect_first, len(blocks) - self.protect_last)
-        if num_gone > len(free):
+        free = [p for p in range(self.protect_first, len(blocks) - self.protect_last) if p not in staying]
+        windows = {p: list(range(p, p + num_gone)) for p in free if {*range(p, p + num_gone)} <= {*free}}
+        if num_gone > len(free) or (self.contiguous and not windows):
             raise ValueError(
-                f"{num_gone} of {len(blocks)} blocks would have to go, and protect_first={self.protect_first} and "
-                f"protect_last={self.protect_last} leave {max(len(free), 0)} to choose from: protect fewer"
+                f"{num_gone} of {len(blocks)} blocks would have to go{' in a row' if self.contiguous else ''}, and "
+                f"protect_first={self.protect_first}, protect_last={self.protect_last}, targets and ignore leave "
+                f"{len(free)} to choose from: protect fewer"
             )
         with as_in_inference(model):
             if self.contiguous:
-                starts = [free[place] for place in range(len(free) - num_gone + 1)]
-                windows = {start: list(range(start, start + num_gone)) for start in starts}
                 if self.criterion == "influence":
                     costs = influences(model, blocks, num_gone, batches)
-                    return windows[min(starts, key=lambda start: costs[start])]
+                    return windows[min(windows, key=lambda start: costs[start])]
                 judge = Judge(model, blocks, batches)
-                return windows[min(starts, key=lambda start: judge.cost(windows[start], bar))]
+                return windows[min(windows, key=lambda start: judge.cost(windows[start], bar))]
             if self.criterion == "influence":
                 costs = influences(model, blocks, 1, batches)
                 return sorted(sorted(free, key=lambda block: costs[block])[:num_gone])

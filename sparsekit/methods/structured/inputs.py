@@ -64,6 +64,12 @@ def run(model: nn.Module, batch: Batch) -> Any:
     return model(inputs.pop(INPUT), **inputs) if INPUT in inputs else model(**inputs)
 
 
+def check_tokens(batches: list[Batch]) -> None:
+    """Raise ValueError if batches hold nothing but padding."""
+    if batches and all("attention_mask" in batch and not bool(batch["attention_mask"].any()) for batch in batches):
+        raise ValueError("no token of the calibration data is more than padding: pass text that the model can use")
+
+
 def mean_length(model: nn.Module, reader: str, batches: list[Batch]) -> float | None:
     """Return the mean number of tokens of a sequence, padding apart; None without data.
 

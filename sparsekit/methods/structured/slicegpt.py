@@ -66,6 +66,11 @@ class Stream:
     writers: tuple[str, ...]
     readers: dict[str, tuple[str, ...]]
 
+    @property
+    def linears(self) -> set[str]:
+        """The linear layers of the blocks."""
+        return {*self.writers, *(name for readers in self.readers.values() for name in readers)} - {self.head}
+
     @classmethod
     def of(cls, model: nn.Module) -> "Stream":
         """Return the stream of a model.
@@ -103,8 +108,8 @@ class Stream:
         return cls(names[id(embedding)], names[id(head)], writers, readers | {last[0]: (names[id(head)],)})
 
 
-def hidden_size_for(model: nn.Module, config: SliceGPT, stream: Stream, batches: list[Batch]) -> int:
-    """Return the largest legal hidden size that the budget pays for.
+def hidden_size_for(model: nn.Module, config: SliceGPT, stream: Stream, batches: list[Batch]) -> tuple[int, str]:
+    """Return the largest legal hidden size that the budget pays for, and a sentence on what that leaves.
 
     Raises:
         ValueError: it pays for none, or is one in time.
@@ -124,19 +129,14 @@ def hidden_size_for(model: nn.Module, config: SliceGPT, stream: Stream, batches:
     else:
         length = config.length or mean_length(model, widths[0].name, batches) or 128
         dense = count_flops(model, widths, length).dense
-        weights = sum(weight_NK(model.get_submodule(name)).numel() for name in _linears(stream))
+        weights = sum(weight_NK(model.get_submodule(name)).numel() for name in stream.linears)
         costs = Costs("flops", {"hidden": np.round(dense - 2 * length * weights * (1 - shares)).astype(np.int64)})
     most = budget.limits(costs)[1]
     fitting = [number for number in legal if costs.curves["hidden"][number] <= most]
     if not fitting:
         nearest = budget.entry(int(costs.curves["hidden"][legal[0]]), costs)
         raise ValueError(f"no hidden size from {legal[0]} up is within {budget}: {nearest} pays for {legal[0]}")
-    return fitting[-1]
-
-
-def _linears(stream: Stream) -> set[str]:
-    """Return the linear layers of the blocks."""
-    return {*stream.writers, *(name for readers in stream.readers.values() for name in readers)} - {stream.head}
+    return fitting[-1], budget.met(int(costs.curves["hidden"][fitting[-1]]), costs)
 
 
 def principal_directions(model: nn.Module, stream: Stream, batches: list[Batch]) -> Tensor:
@@ -181,7 +181,7 @@ def rotate_(model: nn.Module, stream: Stream, Q: Tensor, snapshot: Snapshot) -> 
         snapshot: takes it back if the caller fails.
     """
     _untie_(model, stream, snapshot)
-    for name in (stream.embedding, stream.head, *stream.readers, *_linears(stream)):
+    for name in (stream.embedding, stream.head, *stream.readers, *stream.linears):
         snapshot.remember(name)
     table = model.get_submodule(stream.embedding).get_parameter("weight")
     table.copy_(table.double() @ Q.to(table.device))

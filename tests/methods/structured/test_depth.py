@@ -181,6 +181,38 @@ def test_budgets_are_not_broken(constraints, left):
     assert len(plan.cuts["model.layers"].kept) == left
 
 
+def test_what_is_left_is_said():
+    for sparsity, said in (
+        (0.4, "60.0% of the params of the blocks are left"),
+        (0.5, "nothing nearer to sparsity=0.5"),
+    ):
+        notes = pruned(deep(), sk.Depth(sparsity=sparsity)).notes
+        assert any(said in note for note in notes) and any("nothing nearer" in note for note in notes) == (
+            sparsity > 0.4
+        )
+
+
+@pytest.mark.parametrize("contiguous", [False, True])
+def test_blocks_with_layers_that_are_no_targets_stay(contiguous):
+    """Without the two that matter least, which are 1 and 3."""
+    given = {"ignore": ["re:.*layers.1.mlp.up_proj", "re:.*layers.3.*"], "dataset": token_samples(4)}
+    plan = prune_(deep(), sk.Depth(sparsity=0.2, contiguous=contiguous), progress=False, **given)
+    (gone,) = plan.cuts["model.layers"].removed.tolist()
+    assert gone not in (1, 3)
+
+
+def test_blocks_that_cost_less_go_in_greater_number():
+    """Where the widths of the blocks differ, as many go as the budget asks for, and not a share of their number."""
+    model = deep()
+    cuts = {f"model.layers.{index}.mlp.down_proj": sk.plan.Cut(torch.arange(9), 36, "channels") for index in (1, 3)}
+    sk.apply_(model, sk.Plan(cuts=cuts))
+    sizes = [sum(p.numel() for p in block.parameters()) for block in model.model.layers]
+    assert sizes[1] == sizes[3] < 0.6 * sizes[0]
+    plan = pruned(model, sk.Depth(sparsity=0.2, criterion="influence"))
+    gone = plan.cuts["model.layers"].removed.tolist()
+    assert gone == [1, 3] and sizes[1] < 0.2 * sum(sizes) <= sizes[1] + sizes[3]
+
+
 def test_a_budget_in_time():
     plan = pruned(deep(), sk.Depth(constraints={"speedup": 1.3}, length=16))
     assert 1 <= len(plan.cuts["model.layers"].kept) < 5
@@ -189,9 +221,12 @@ def test_a_budget_in_time():
 class TestBadInput:
     def test_too_few_to_choose_from(self):
         with pytest.raises(
-            ValueError, match="2 of 5 blocks would have to go, and protect_first=3 .* leave 1 to choose"
+            ValueError, match="2 of 5 blocks would have to go, and protect_first=3, .* leave 1 to choose"
         ):
             pruned(deep(), sk.Depth(sparsity=0.4, protect_first=3, protect_last=1))
+        with pytest.raises(ValueError, match="2 of 5 blocks would have to go in a row, .* leave 3 to choose"):
+            given = {"ignore": ["re:.*layers.[13].mlp.*"], "dataset": token_samples(4), "progress": False}
+            prune_(deep(), sk.Depth(sparsity=0.4, contiguous=True), **given)
 
     def test_no_block_would_be_left(self):
         with pytest.raises(ValueError, match="sparsity=0.9 pays for no block: .* pays for one of 5"):
@@ -213,6 +248,13 @@ class TestBadInput:
         model.model.layers[2].mlp.down_proj.weight.data[0, 0] = float("inf")
         with pytest.raises(NonFiniteError, match="NaN or infinity"):
             pruned(model, sk.Depth(criterion="influence"))
+
+    def test_padding_alone(self):
+        for name in ("depth", sk.Depth(criterion="influence")):
+            with pytest.raises(ValueError, match="no token of the calibration data is more than padding"):
+                pruned(
+                    deep(), name, [{"input_ids": torch.ones(1, 4).long(), "attention_mask": torch.zeros(1, 4).long()}]
+                )
 
     @pytest.mark.parametrize(
         "fields,message",

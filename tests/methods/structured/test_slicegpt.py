@@ -131,6 +131,11 @@ def test_budgets(constraints, size):
         assert model.config.hidden_size == size
 
 
+def test_what_is_left_is_said():
+    notes = pruned(with_norms("llama"), sk.SliceGPT(sparsity=0.35, round_to=2)).notes
+    assert any("60.0% of the params of the blocks are left; nothing nearer to sparsity=0.35" in note for note in notes)
+
+
 def test_a_failure_ties_and_turns_back(monkeypatch):
     model = with_norms("qwen2")
     before, config = {name: t.clone() for name, t in model.state_dict().items()}, model.config.to_dict()
@@ -165,6 +170,15 @@ class TestBadInput:
             pruned(tiny_model("llama"), sk.SliceGPT(sparsity=0.95, round_to=2))
         with pytest.raises(ValueError, match="knows budgets in sparsity, params and flops"):
             pruned(tiny_model("llama"), sk.SliceGPT(constraints={"speedup": 1.5}))
+
+    def test_layers_that_are_no_targets(self):
+        with pytest.raises(ValueError, match="leave out model.layers.1.mlp.down_proj, and method='slicegpt' turns"):
+            prune_(tiny_model("llama"), "slicegpt", dataset=token_samples(2), ignore=["re:.*1.mlp.*"], progress=False)
+
+    def test_padding_alone(self):
+        nothing = [{"input_ids": torch.ones(1, 4).long(), "attention_mask": torch.zeros(1, 4).long()}]
+        with pytest.raises(ValueError, match="no token of the calibration data is more than padding"):
+            pruned(tiny_model("llama"), "slicegpt", nothing)
 
     def test_states_that_are_not_finite(self):
         model = tiny_model("llama")
