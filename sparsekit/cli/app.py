@@ -284,6 +284,10 @@ def evaluate(
 def bench(
     model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Folder or hub name.")] = None,
     shapes: Shapes = None,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="The dense model that it was made from, where its shapes are others."),
+    ] = None,
     batch_size: BatchSize = 1,
     prompt_length: PromptLength = 128,
     new_tokens: NewTokens = 32,
@@ -301,14 +305,21 @@ def bench(
     from sparsekit.cli.output import running
 
     with running("bench", json, quiet, debug) as output:
-        from sparsekit.cli.bench import bench_model, bench_shapes
+        from sparsekit.cli.bench import bench_against, bench_model, bench_shapes
 
         if (model is None) == (shapes is None):
             raise ValueError("bench takes a MODEL or --shapes NAME, one of the two")
+        sizes = {"batch_size": batch_size, "prompt_length": prompt_length, "new_tokens": new_tokens}
         if shapes is not None:
+            refuse_given("--shapes", {"--against": against})
             bench_shapes(output, shapes, parse_numbers(num_tokens), backend, format, dtype, device)
+        elif against is not None:
+            refuse_given(
+                "--against, which takes both models as they are",
+                {"--format": None if format == "auto" else format, "--backend": None if backend == "auto" else backend},
+            )
+            bench_against(output, str(model), against, dtype, device, rounds=rounds, **sizes)
         else:
-            sizes = {"batch_size": batch_size, "prompt_length": prompt_length, "new_tokens": new_tokens}
             bench_model(output, str(model), backend, format, dtype, device, rounds=rounds, **sizes)
 
 

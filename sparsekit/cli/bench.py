@@ -5,8 +5,9 @@ from typing import Any
 import torch
 
 import sparsekit as sk
+from sparsekit.archs import vocabulary_size
 from sparsekit.backends import BACKENDS
-from sparsekit.benchmarking import get_shapes, in_format, measure_ceilings, measure_shapes
+from sparsekit.benchmarking import against_dense, get_shapes, in_format, measure_ceilings, measure_shapes
 from sparsekit.benchmarking.timing import noise_notes
 from sparsekit.cli.models import load_model, parse_device
 from sparsekit.cli.output import Output
@@ -37,6 +38,37 @@ def bench_model(
         notes.append("the model was dense: pruned to 2:4 by magnitude for these timings, and nothing was saved")
     report = sk.benchmark(model, rounds=rounds, progress=output.progress, **sizes)
     report.title += f": {name}"
+    report.notes += notes
+    return output.add("benchmark", report)
+
+
+def bench_against(
+    output: Output, name: str, dense_name: str, dtype: str, device: str | None, *, rounds: int, **sizes: Any
+) -> Report:
+    """Time a model against the one that it was made from, where that has other shapes.
+
+    Raises:
+        ValueError: the two read different things.
+    """
+    batch_size, length = sizes["batch_size"], sizes["prompt_length"]
+    model, notes = load_model(name, dtype, device)
+    dense, _ = load_model(dense_name, dtype, device)
+    sides = [(type(each).__name__, vocabulary_size(each)) for each in (dense, model)]
+    if sides[0] != sides[1]:
+        raise ValueError(
+            f"--against {dense_name}: it is a {sides[0][0]} with {sides[0][1]} tokens, {name} a {sides[1][0]} "
+            f"with {sides[1][1]}: name the model that it was made from"
+        )
+    report = against_dense(
+        dense,
+        model,
+        batch_sizes=(batch_size,),
+        length=length,
+        new_tokens=sizes["new_tokens"],
+        rounds=rounds,
+        progress=output.progress,
+    )
+    report.title += f": {dense_name} against {name}"
     report.notes += notes
     return output.add("benchmark", report)
 

@@ -105,6 +105,9 @@ def _draw_curves(axes: Any, lines: Sequence[WidthLine], colors: Any) -> None:
         if line.kept < line.num:
             axes.plot(100 * line.kept / line.num, line.curve[line.kept], "o", color=color, markersize=6, mec="white")
     axes.set_yscale("log")
+    known = [(line.curve, line.num) for line in lines if line.curve is not None and line.num > 1]
+    if lowest := min((float(curve[min(round(0.95 * num), num - 1)]) for curve, num in known), default=0.0):
+        axes.set_ylim(bottom=lowest / 2)
     axes.set_xlabel("units left in this layer alone, % (dot: where it was cut)", color=GREY)
     axes.set_xlim(100, 0)
 

@@ -86,7 +86,7 @@ def sizes_report(before: Sizes, after: Sizes, cuts: Mapping[str, Cut], length: f
     if before.hidden is not None and after.hidden is not None and before.hidden != after.hidden:
         counts["hidden dimensions"] = before.hidden, after.hidden
     for name, (was, left) in counts.items():
-        report.summary[name] = f"{show(was)} -> {show(left)} ({left / max(was, 1):.1%})"
+        report.summary[name] = f"{_human(was)} -> {_human(left)} ({left / max(was, 1):.1%})"
         report.numbers[name] = {"before": was, "after": left}
     if "FLOPs" in columns:
         report.notes.append(f"FLOPs: of the linear layers and attentions of the blocks, for {length:.4g} tokens")
@@ -103,7 +103,15 @@ def shown(report: Report) -> Report:
 
 
 def _arrow(was: int, left: int) -> str:
-    return show(was) if was == left else f"{show(was)} -> {show(left)}"
+    return _human(was) if was == left else f"{_human(was)} -> {_human(left)}"
+
+
+def _human(number: int) -> str:
+    """Return "209.8 M" for 209780736; small numbers whole."""
+    for unit, size in (("G", 10**9), ("M", 10**6)):
+        if number >= size:
+            return f"{show(number / size)} {unit}"
+    return show(number)
 
 
 def _names_after(before: Sizes, cuts: Mapping[str, Cut]) -> dict[str, str | None]:

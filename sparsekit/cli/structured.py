@@ -99,8 +99,11 @@ class _Run:
             output.add("quality", quality)
         report = sk.check(self.model, plan)
         report.notes += self.notes
-        output.add("check", report, shown=Report(report.title, [], report.summary, report.notes, report.ok))
-        self._save(plan, picture)
+        told = who_opens(self.model) if is_pretrained(self.model) else "opened by sparsekit.load"
+        facts = report.summary if len(options.patterns) == 2 else {}
+        remarks = [note for note in report.notes if note != told]
+        output.add("check", report, shown=Report(report.title, [], facts, remarks, report.ok))
+        self._save(plan, picture, told)
         if options.bench:
             try:
                 self._time()
@@ -162,6 +165,8 @@ class _Run:
             **self.given,
         )
         sk.apply_(self.model, plan)
+        if not plan.cuts:
+            self.notes.append("nothing was cut: the budget pays for the whole model")
         if not wants_plot:
             return plan, None
         title = f"{Path(options.model).name}: {config.name}, {_asked(options)}"
@@ -206,7 +211,7 @@ class _Run:
             **self.given,
         )
 
-    def _save(self, plan: sk.Plan, picture: bytes | None) -> None:
+    def _save(self, plan: sk.Plan, picture: bytes | None, told: str) -> None:
         options, out = self.options, Path(self.options.out)
         is_packed = options.packed and bool(sparse_layers(self.model))
         sk.save(self.model, out, packed=is_packed, tokenizer=self.tokenizer)
@@ -224,7 +229,7 @@ class _Run:
                 "source on disk, bytes": source_bytes,
                 "ratio": round(summary["on disk, bytes"] / source_bytes, 4),
             }
-        summary["who can open it"] = who_opens(self.model) if is_pretrained(self.model) else "sparsekit.load"
+        summary["who can open it"] = told.removeprefix("opened by ")
         summary["plan"] = PLAN
         summary |= {"plot": PLOT} if picture is not None else {}
         self.output.add("saved", Report(f"Saved in {out}", summary=summary))
