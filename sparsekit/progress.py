@@ -10,9 +10,15 @@ class Progress(Protocol):
 
     def advance(self, steps: int = 1, text: str | None = None) -> None: ...
 
+    def expect(self, total: int) -> None:
+        """Say how many steps there are in all, once that is known."""
+
 
 class _Silent:
     def advance(self, steps: int = 1, text: str | None = None) -> None:
+        """Show nothing."""
+
+    def expect(self, total: int) -> None:
         """Show nothing."""
 
 
@@ -42,5 +48,8 @@ def progress_bar(description: str, total: int, enabled: bool = True) -> Iterator
                 rich_progress.advance(task, steps)
                 if text is not None:
                     rich_progress.update(task, text=text)
+
+            def expect(self, total: int) -> None:
+                rich_progress.update(task, total=total)
 
         yield Bar()

@@ -103,7 +103,7 @@ def shrink_(
     plan.made_by.num_samples = sum(len(next(iter(batch.values()))) for batch in batches)
     with restored_on_failure(model) as snapshot:
         if isinstance(config, WidthMethod):
-            with progress_bar(config.name, 2 * len(layers), progress) as bar:
+            with progress_bar(config.name, 1, progress) as bar:
                 _narrow_(model, config, plan, layers, batches, snapshot, bar, seed)
         elif isinstance(config, Depth):
             with progress_bar(config.name, 1, progress) as bar:
@@ -130,12 +130,14 @@ def _narrow_(
     if config.wants_biases and (left := give_biases_(model, own, snapshot)):
         plan.notes.append(f"{left[0]} has no bias, nor can its config ask for one: nothing stands for means there")
     inputs = [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
+    bar.expect(2 * len(own))  # half of them for what units are worth
     job = Job(model, own, inputs, solver, bar, seed, labelled=batches, notes=plan.notes)
     if config.second_pass is Moments:
         job.first_only = first_only_readers(model, [width.name for width in own], inputs[0])
     job.scores = config.score(job)
     counts = config.count(job)
     plan.sensitivity = job.sensitivity
+    bar.advance(len(own) - len(job.sensitivity))
     plan.notes += solver.notes(counts)
     _Readers(job, config, counts, snapshot, plan).prune_()
 
@@ -164,6 +166,7 @@ def _thin_(
     check_thin(model, stream.embedding, num_kept)
     bar.advance(0, "principal directions")
     Q = principal_directions(model, stream, batches)
+    bar.advance()
     with as_in_inference(model):
         before = first_tensor(run(model, batches[0])).float()
         rotate_(model, stream, Q, snapshot)
@@ -193,6 +196,7 @@ class _Readers:
         if kind is None:
             for width in self.job.widths:
                 self._decide_(width, None)
+                self.job.bar.advance()
             return
         layers = {width.name: self.job.model.get_submodule(width.name) for width in self.job.widths}
         with ExitStack() as stack:

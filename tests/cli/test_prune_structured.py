@@ -4,6 +4,7 @@ import csv
 import json
 import struct
 import sys
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -288,6 +289,32 @@ def test_without_data_it_warns_and_draws_what_is_kept(tiny_model, tmp_path):
     assert "by magnitude, which costs far more quality" in found["stderr"]
     assert is_png(tmp_path / "out" / "sensitivity.png")
     assert Plan.load(tmp_path / "out" / "plan.safetensors").made_by.method == "magnitude_sp"
+
+
+@pytest.mark.parametrize("method", ["contribution", "kcm", "magnitude-sp", "depth", "slicegpt"])
+def test_bars_reach_their_ends(method, tiny_model, calibration, tmp_path, monkeypatch):
+    bars = []
+
+    class Bar:
+        def __init__(self, total):
+            self.total, self.done = total, 0
+
+        def advance(self, steps=1, text=None):
+            self.done += steps
+
+        def expect(self, total):
+            self.total = total
+
+    @contextmanager
+    def recorded(description, total, enabled=True):
+        bars.append(Bar(total))
+        yield bars[-1]
+
+    monkeypatch.setattr("sparsekit.prune_structured.progress_bar", recorded)
+    words = ["--method", method, "--params", "75%" if method == "kcm" else "50%", *calibration, *QUIET]
+    result = run("prune", tiny_model, tmp_path / "out", *words)
+    assert result.exit_code == 0, result.stderr
+    assert [(bar.done, bar.total) for bar in bars] == [(bars[0].total, bars[0].total)] and bars[0].total > 0
 
 
 @pytest.fixture

@@ -95,11 +95,13 @@ class Depth(StructuredMethod):
                 if self.criterion == "influence":
                     costs = influences(model, blocks, num_gone, batches)
                     return windows[min(windows, key=lambda start: costs[start])]
+                bar.expect(len(windows))
                 judge = Judge(model, blocks, batches)
                 return windows[min(windows, key=lambda start: judge.cost(windows[start], bar))]
             if self.criterion == "influence":
                 costs = influences(model, blocks, 1, batches)
                 return sorted(sorted(free, key=lambda block: costs[block])[:num_gone])
+            bar.expect(sum(len(free) - num for num in range(num_gone)))
             judge = Judge(model, blocks, batches)
             gone: list[int] = []
             for _ in range(num_gone):
@@ -165,6 +167,7 @@ class Judge:
                 output = run(self.model, batch)
                 loss, num = self._loss(batch, output) if self.predicts else self.answers.divergence(index, output)
                 total, count = total + loss, count + num
+        bar.advance()
         return total / max(count, 1) if total == total else float("inf")
 
     def _loss(self, batch: Batch, output: Any) -> tuple[float, int]:

@@ -77,7 +77,7 @@ def sensitivity_curves(job: Job, least: dict[str, int], damping: float) -> dict[
                 reader = job.reader(names[name])
                 curves[name] = _curve(walk, answers, reader, seen, least[name], damping)
             walk.finish(step, outputs)
-            job.bar.advance()
+            job.bar.advance(len(moments))
     return curves
 
 
