@@ -11,10 +11,12 @@ from transformers.trainer_utils import load_sharded_checkpoint
 
 import sparsekit as sk
 from sparsekit import CheckpointError
+from sparsekit.archs import find_widths
+from sparsekit.hf.describe import widths_of
 from sparsekit.masks import Mask
 from sparsekit.nn import SideLinear, install_side_, side_layers, sparse_layers
 from sparsekit.patterns import NM
-from sparsekit.plan import SideBranch
+from sparsekit.plan import Cut, Plan, SideBranch
 from sparsekit.targets import find_targets, set_weight_NK_, weight_NK
 
 IDS = torch.arange(12).view(2, 6)
@@ -108,6 +110,35 @@ def test_beside_packed_layers(tmp_path):
     assert sparse_layers(again).keys() == sparse_layers(model).keys() == set(names)
     torch.testing.assert_close(logits_of(again), logits_of(model))  # by other kernels
     assert again.config.quantization_config.quant_method == "sparsekit"
+
+
+def cut(model):
+    """Heads and channels gone, another number of them in each block."""
+    cuts = {}
+    for index, width in enumerate(find_widths(model)):
+        num = max(1, width.num_units * (index + 2) // 7)
+        cuts[width.name] = Cut(torch.arange(num), width.num_units, width.kind)
+    return sk.apply_(model, Plan(cuts=cuts))
+
+
+@pytest.mark.parametrize("has_packed", [False, True], ids=["branches", "and packed layers"])
+@pytest.mark.parametrize("make", [llama, gpt2], ids=["llama", "gpt2"])
+def test_beside_widths_that_the_config_cannot_say(make, has_packed, tmp_path):
+    """Cut unevenly, then branches beside some of what is left, then the other layers packed 2:4."""
+    model = with_branches(cut(make()), only="mlp")
+    if has_packed:
+        others = [name for name in find_targets(model) if name not in side_layers(model)]
+        sk.pack_(model, "semi24", "reference", layers={name: model.get_submodule(name) for name in others})
+    widths, expected = widths_of(model), logits_of(model)
+    assert widths and bool(sparse_layers(model)) == has_packed
+    generated = model.generate(IDS, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    for turn in ("first", "again"):
+        model.save_pretrained(tmp_path / turn)
+        model = tf.AutoModelForCausalLM.from_pretrained(tmp_path / turn)
+        assert_same_branches(model, with_branches(cut(make()), only="mlp"))
+        assert widths_of(model) == widths
+        torch.testing.assert_close(logits_of(model), expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(model.generate(IDS, max_new_tokens=5, do_sample=False, pad_token_id=0), generated)
 
 
 def test_into_the_base_model_and_in_another_dtype(tmp_path):

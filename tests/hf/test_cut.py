@@ -16,9 +16,10 @@ from sparsekit import CheckpointError
 from sparsekit.archs import find_widths
 from sparsekit.hf.describe import widths_of
 from sparsekit.hf.quantizer import SparsekitConfig, SparsekitQuantizer
+from sparsekit.methods import METHODS
 from sparsekit.nn import sparse_layers
 from sparsekit.plan import Cut, Plan
-from tests.archs.tiny_models import vit
+from tests.archs.tiny_models import tiny_model, token_samples, vit
 from tests.test_slicing import bert, cuts_of, generate, gpt2, llama, opt, run, same, state
 
 
@@ -28,7 +29,23 @@ def cut(model, uniform=False, **kinds):
     return sk.apply_(model, Plan(cuts=cuts))
 
 
+def by(method, family="llama", **fields):
+    """A tiny model made smaller by a method, with the same numbers everywhere."""
+    model = tiny_model(family)
+    rows = [{"input_ids": sample.tolist(), "label": index % 2} for index, sample in enumerate(token_samples(8))]
+    config = METHODS.get(method)(**fields)
+    return sk.apply_(model, sk.prune_(model, config, dataset=rows, batch_size=4, progress=False))
+
+
 UNIFORM = {
+    "contribution": lambda: by("contribution", sparsity=0.25, uniform=True, min_channels=1),
+    "contribution of a bert": lambda: by("contribution", "bert", constraints={"params": "76.5%"}, uniform=True),
+    "kcm of a bert": lambda: by("kcm", "bert", constraints={"params": "76.5%"}, uniform=True),
+    "fisher of a distilbert": lambda: by("fisher", "distilbert", constraints={"params": "76.5%"}, uniform=True),
+    "flap, with biases": lambda: by("flap", sparsity=0.25, uniform=True, min_channels=1),
+    "slicegpt": lambda: by("slicegpt", sparsity=0.4, round_to=2),
+    "slicegpt, untied": lambda: by("slicegpt", "qwen2", sparsity=0.4, round_to=2),
+    "depth": lambda: by("depth"),
     "llama": lambda: cut(llama(), uniform=True),
     "llama, tied": lambda: cut(llama(tie_word_embeddings=True), uniform=True),
     "qwen2, without a head_dim": lambda: cut(llama("Qwen2"), uniform=True),

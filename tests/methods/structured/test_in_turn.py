@@ -62,6 +62,27 @@ def test_widths_then_two_of_four():
     assert dense and all(bool((m.to_dense() != 0).float().mean() <= 0.6) for m in dense.values())
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "distilbert"])
+def test_one_report_of_both_and_one_folder(family, tmp_path):
+    """What goes, what is zero, who opens it: in one table; and it is the same model after a trip to disk."""
+    model = sparsified(tiny_model(family), ["structured", "2:4"], sparsity=0.4, method=[None, "magnitude"])
+    report = sk.check(model)
+    assert report.ok and report.summary["packed"] == report.summary["sparse"] > 0
+    shapes = {row["layer"]: row["shape"] for row in report.rows}
+    dense = {row["layer"]: row["shape"] for row in sk.check(tiny_model(family)).rows}
+    assert shapes.keys() == dense.keys() and shapes != dense
+    assert any("have sizes that its config cannot say" in note and "are packed" in note for note in report.notes)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert torch.equal(outputs(again), outputs(model))
+    if model.can_generate():
+        x = torch.stack(token_samples(2, 6))
+        given = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        cached = again.generate(x, **given)
+        assert torch.equal(cached, model.generate(x, **given)) and cached.shape == (2, 12)
+        assert torch.equal(cached, again.generate(x, use_cache=False, **given))
+
+
 def test_three_in_turn_leave_one_plan_that_can_be_repeated():
     found = []
     original = sk.sparsify.__globals__["merged"]
