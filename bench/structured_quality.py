@@ -21,6 +21,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -64,6 +65,9 @@ OF_ENCODERS = ["contribution", "kcm", "kcm density", "fisher", "magnitude", "fla
 OF_DECODERS = ["contribution", "flap", "wanda_sp", "slicegpt", "depth", "magnitude"]
 BUDGETS_OF_ENCODERS = ["flops=60%", "flops=80%"]
 BUDGETS_OF_DECODERS = ["sparsity=20%", "sparsity=50%"]
+
+GOAL = ("flops=60%", 0.02, 60.0)
+"""Of the default on encoders: budget, the most that it may lose of 1, and the seconds that it may take on two cores."""
 
 NUM_TEXTS = 2048
 NUM_CHUNKS = 128
@@ -282,8 +286,34 @@ def table(rows: list[dict[str, Any]]) -> Report:
             }
             | means
         )
-    report.rows.sort(key=lambda row: (row["case"], row["split"], row["samples"], row["budget"], row["loss"]))
+    report.rows.sort(key=lambda row: (*place_of(row), row["loss"]))
+    report.notes += verdicts(report.rows)
     return report
+
+
+def place_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what rows that may be compared have in common."""
+    return tuple(row[name] for name in ("case", "split", "samples", "budget"))
+
+
+def verdicts(rows: list[dict[str, Any]]) -> list[str]:
+    """Return a sentence for each budget of a table: the default against the best other method, and the goals."""
+    notes = []
+    for place, group in groupby(sorted(rows, key=place_of), key=place_of):
+        methods = {row["method"]: row for row in group}
+        others = [row for name, row in methods.items() if not name.startswith("contribution")]
+        if not others or "contribution" not in methods:
+            continue
+        ours, best = methods["contribution"], min(others, key=lambda row: row["loss"])
+        note = (
+            f"{place[0]}, {place[-1]}: contribution loses {ours['loss']:.4f}, {best['method']}, best of the others, "
+            f"{best['loss']:.4f}: {'best or equal' if ours['loss'] <= best['loss'] else 'behind'}"
+        )
+        if place[0] in ENCODERS and place[-1] == GOAL[0]:
+            for name, found, most in (("loss", ours["loss"], GOAL[1]), ("seconds", ours["seconds"], GOAL[2])):
+                note += f"; goal for {name}, {most:g}: {'met' if found <= most else f'missed, {found:.4g}'}"
+        notes.append(note)
+    return notes
 
 
 def cells(text: str) -> list[str]:

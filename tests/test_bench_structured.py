@@ -63,7 +63,7 @@ def data(tmp_path):
         ("sst2/train.tsv", "".join(f"text {'so ' * (n % 5)}number {n}\t{n % 2}\n" for n in range(40))),
         ("sst2/dev.tsv", "tabs\tin a text\t1\nplain\t0\n"),
         ("trec/train.txt", "".join(f"{'ABCDEF'[n % 6]}:x question {n} ?\n" for n in range(700))),
-        ("stsb/stsb-en-train.csv", "".join(f'"one, two {n}",{"so " * (n % 3)}three,{n % 6}\n' for n in range(30))),
+        ("stsb/stsb-en-train.csv", "".join(f'"one, two {n}",{"so " * (n % 3)}three {n},{n % 6}\n' for n in range(30))),
         ("stsb/stsb-en-dev.csv", "a b,a b,5.0\na b,c dd eee,0.5\n"),
     ):
         path = tmp_path / "data" / name
@@ -75,7 +75,7 @@ def data(tmp_path):
 def test_tasks_are_read(data):
     tasks = {name: module("encoder_tasks").read_task(data, name) for name in ("sst2", "trec", "stsb")}
     assert tasks["sst2"].held_out == [(("tabs\tin a text",), 1), (("plain",), 0)]
-    assert tasks["stsb"].train[1] == (("one, two 1", "so three"), 1.0)
+    assert tasks["stsb"].train[1] == (("one, two 1", "so three 1"), 1.0)
     trec = tasks["trec"]
     assert (len(trec.train), len(trec.held_out)) == (100, 600)
     assert not set(trec.train) & set(trec.held_out)
@@ -175,11 +175,18 @@ def test_the_table_holds_means_and_spreads_the_best_first():
     rows = [quality_row("fisher", seed, score) for seed, score in enumerate((0.8, 0.84))]
     rows += [quality_row("contribution", 0, 0.89), quality_row("kcm", 0, 0.5, budget="flops=80%")]
     rows += [quality_row("dense", None, 0.9, budget=None)]
-    found = module("structured_quality").table(rows).rows
+    report = module("structured_quality").table(rows)
+    found = report.rows
     assert [row["method"] for row in found] == ["contribution", "fisher", "kcm"]
     assert found[0]["spread"] is None and found[0]["seeds"] == 1
     assert found[1]["accuracy"] == pytest.approx(0.82) and found[1]["spread"] == pytest.approx(0.04 / 2**0.5)
     assert found[1]["loss"] == pytest.approx(0.08) and found[1]["seeds"] == 2
+    (note,) = report.notes
+    assert note.startswith("sst2, flops=60%: contribution loses 0.0100, fisher, best of the others, 0.0800: best")
+    assert note.endswith("goal for loss, 0.02: met; goal for seconds, 60: met")
+    slow = [quality_row("contribution", 0, 0.7, seconds=61.0), quality_row("kcm", 0, 0.8)]
+    (note,) = module("structured_quality").table(slow).notes
+    assert "0.1000: behind;" in note and note.endswith("loss, 0.02: missed, 0.2; goal for seconds, 60: missed, 61")
 
 
 @pytest.mark.parametrize(
