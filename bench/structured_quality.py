@@ -43,14 +43,14 @@ from sparsekit.targets import is_linear
 
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "contribution": ("contribution", {}),
-    "contribution, largest scores": ("contribution", {"selection": "score"}),
-    "contribution, same share": ("contribution", {"allocation": "uniform"}),
-    "contribution, one ranking": ("contribution", {"allocation": "global"}),
+    "contribution by score": ("contribution", {"selection": "score"}),
+    "contribution even": ("contribution", {"allocation": "uniform"}),
+    "contribution global": ("contribution", {"allocation": "global"}),
     "kcm": ("kcm", {"r2": "fixed_point"}),
     "kcm density": ("kcm", {"r2": "density"}),
     "fisher": ("fisher", {}),
     "magnitude": ("magnitude_sp", {}),
-    "magnitude, one ranking": ("magnitude_sp", {"allocation": "global"}),
+    "magnitude global": ("magnitude_sp", {"allocation": "global"}),
     "flap": ("flap", {}),
     "wanda_sp": ("wanda_sp", {}),
     "slicegpt": ("slicegpt", {}),

@@ -207,6 +207,7 @@ def test_wrong_arguments_are_named(more, words, capsys):
 def test_every_row_is_a_method_that_takes_its_fields():
     bench = module("structured_quality")
     for row in bench.ROWS:
+        assert bench.cells(row) == [row]
         assert bench.config_of(row, "flops=60%", 20.0).constraints == {"flops": "60%"}
     assert {*bench.OF_ENCODERS, *bench.OF_DECODERS} <= set(bench.ROWS)
 
