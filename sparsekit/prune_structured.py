@@ -129,6 +129,7 @@ def _narrow_(
     own = [width for width in widths if width.kind in config.kinds]
     if config.wants_biases and (left := give_biases_(model, own, snapshot)):
         plan.notes.append(f"{left[0]} has no bias, nor can its config ask for one: nothing stands for means there")
+    solver.recount(model)
     inputs = [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
     bar.expect(2 * len(own))  # half of them for what units are worth
     job = Job(model, own, inputs, solver, bar, seed, labelled=batches, notes=plan.notes)

@@ -59,6 +59,11 @@ class WidthSolver:
         self.remarks += table.notes
         return table.costs()
 
+    def recount(self, model: nn.Module) -> None:
+        """Count the parameters of the whole model again, where the budget is about these and biases were added."""
+        if self.budget.measure == "params" and not self.budget.is_share:
+            self.costs = count_params(model, self.legal.widths)
+
     def choose(self, values: Mapping[str, Tensor], *, eased: bool = False) -> dict[str, int]:
         """Return how many units of each width stay; see `Solver`.
 

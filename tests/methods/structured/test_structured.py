@@ -185,6 +185,14 @@ def test_budgets_of_the_whole_model_are_reached(name, constraints, monkeypatch):
     assert "times are of 2 x 16 tokens, on this device" in plan.notes and "other work disturbs" in plan.notes
 
 
+def test_biases_that_are_given_count_in_a_budget_of_parameters():
+    model = tiny_model("llama")
+    most = round(0.8 * sum(p.numel() for p in model.parameters()))
+    sk.apply_(model, pruned(model, FLAP(constraints={"params": most}, min_channels=1)))
+    assert model.model.layers[0].mlp.up_proj.bias is not None
+    assert 0.995 * most <= sum(p.numel() for p in model.parameters()) <= most
+
+
 def test_a_budget_in_time_is_measured_here():
     """On the real clock: the table says that it is kept; how true tables are is tested where they are made."""
     model = tiny_model("bert")
