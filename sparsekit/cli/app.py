@@ -245,7 +245,15 @@ app.add_typer(train_app, name="train")
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub name, dense or packed.")],
-    dataset: Annotated[str, typer.Option(metavar="FILE", help="Text: .txt .jsonl .parquet")],
+    dataset: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE",
+            help="Text: .txt .jsonl .parquet .tsv .csv; for a classifier labelled, or images in folders of classes.",
+        ),
+    ],
+    labels: Labels = None,
+    text_column: TextColumn = None,
     max_seq_length: Annotated[
         int | None, typer.Option(help="Tokens of a chunk. [2048, or what the model reads]")
     ] = None,
@@ -257,25 +265,35 @@ def evaluate(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Perplexity of a model on a text, and tokens per second."""
+    """Perplexity of a model on a text, and tokens per second; accuracy of a classifier."""
     from sparsekit.cli.output import running
 
     with running("eval", json, quiet, debug) as output:
-        from sparsekit.cli.models import load_model, load_tokenizer, need_file
+        from sparsekit.cli.calibration_file import CalibrationFile, holds_tokens
+        from sparsekit.cli.models import load_model, load_tokenizer, tokenizer_if_any
+        from sparsekit.cli.quality import HeldOut, is_classifier
         from sparsekit.evaluate import perplexity
+        from sparsekit.report import Report
 
-        need_file(dataset, "--dataset")
+        file = CalibrationFile(dataset, "--dataset", text_column, labels)
+        file.check()
         loaded, notes = load_model(model, dtype, device)
-        found = perplexity(
-            loaded,
-            dataset,
-            load_tokenizer(model),
-            max_seq_length=max_seq_length,
-            batch_size=batch_size,
-            max_tokens=max_tokens,
-            progress=output.progress,
-        )
-        report = found.report(f"sparsekit eval: {model} on {dataset}")
+        title = f"sparsekit eval: {model} on {dataset}"
+        if is_classifier(loaded):
+            refuse_given("a classifier", {"--max-tokens": max_tokens})
+            held_out = HeldOut(file, model, max_seq_length, batch_size or 32)
+            report = Report(title, summary=held_out.judge(loaded, tokenizer_if_any(model), output.progress))
+        else:
+            data = file.texts(loaded.config, needs_labels=False)
+            report = perplexity(
+                loaded,
+                data,
+                None if holds_tokens(data) else load_tokenizer(model),
+                max_seq_length=max_seq_length,
+                batch_size=batch_size,
+                max_tokens=max_tokens,
+                progress=output.progress,
+            ).report(title)
         report.notes += notes
         output.add("evaluation", report)
 

@@ -76,6 +76,8 @@ class CalibrationFile:
                 )
             return self.path
         rows = list(self._rows())
+        if rows and not needs_labels and self.text_column is None and all(isinstance(row, str) for row in rows):
+            return rows
         if not rows or not isinstance(rows[0], dict):
             raise ValueError(f"{self.option} {self.path} holds no rows with columns")
         if "input_ids" in rows[0]:
@@ -118,7 +120,7 @@ class CalibrationFile:
     def _images(self) -> list[Path]:
         return sorted(path for path in Path(self.path).rglob("*") if path.suffix.lower() in IMAGES)
 
-    def _rows(self) -> Iterator[dict[str, Any]]:
+    def _rows(self) -> Iterator[Any]:
         path = Path(self.path)
         suffix = path.suffix.lower()
         if suffix in _DELIMITERS:
@@ -174,6 +176,11 @@ class CalibrationFile:
             return int(label)
         except ValueError:
             raise ValueError(f"{self.option} {self.path}: {unknown('label', label, list(known))}") from None
+
+
+def holds_tokens(data: Any) -> bool:
+    """Return whether rows hold the ids of tokens, so that no tokenizer is needed."""
+    return isinstance(data, list) and isinstance(data[0], dict) and "text" not in data[0]
 
 
 def _pillow(option: str) -> Any:

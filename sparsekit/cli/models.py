@@ -75,6 +75,14 @@ def load_tokenizer(name: str) -> Any:
         raise FileNotFoundError(f"no tokenizer in {name}: put tokenizer.json beside the model") from error
 
 
+def tokenizer_if_any(name: str) -> Any:
+    """Return the tokenizer beside a model, None where there is none."""
+    try:
+        return load_tokenizer(name)
+    except FileNotFoundError:
+        return None
+
+
 def parse_device(device: str | None) -> torch.device:
     """Return the torch device of a name; the GPU where there is one for None.
 

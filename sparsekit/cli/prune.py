@@ -9,7 +9,7 @@ import torch
 import sparsekit as sk
 from sparsekit.backends import BACKENDS
 from sparsekit.benchmarking.models import memory_summary
-from sparsekit.cli.models import bytes_on_disk, load_model, load_tokenizer, need_file
+from sparsekit.cli.models import bytes_on_disk, load_model, load_tokenizer, need_file, tokenizer_if_any
 from sparsekit.cli.output import Output
 from sparsekit.evaluate import perplexity
 from sparsekit.formats import FORMATS
@@ -84,7 +84,7 @@ def run_prune(options: PruneOptions, output: Output) -> None:
     options.check()
     model, notes = load_model(options.model, options.dtype, options.device)
     needs_tokenizer = options.dataset or options.eval_dataset
-    tokenizer = load_tokenizer(options.model) if needs_tokenizer else _tokenizer_if_any(options.model)
+    tokenizer = load_tokenizer(options.model) if needs_tokenizer else tokenizer_if_any(options.model)
     quality = Report("Perplexity on " + str(options.eval_dataset))
     if options.eval_dataset:
         quality.rows.append(_quality("dense", model, tokenizer, options, output))
@@ -175,10 +175,3 @@ _RANGES = {"sparsity": 3, "dense bytes": 0, "bytes": 0, "bits a weight": 3}
 def _range(values: list[float], digits: int) -> object:
     low, high = (round(value, digits) if digits else value for value in (min(values), max(values)))
     return low if low == high else f"{show(low)} to {show(high)}"
-
-
-def _tokenizer_if_any(name: str) -> object | None:
-    try:
-        return load_tokenizer(name)
-    except FileNotFoundError:
-        return None

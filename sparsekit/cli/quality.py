@@ -15,7 +15,6 @@ from sparsekit.methods.structured.labels import labelled_batches
 from sparsekit.progress import progress_bar
 
 _CLASSIFIERS = ("ForSequenceClassification", "ForImageClassification")
-_BATCH = 32
 
 
 def is_classifier(model: Any) -> bool:
@@ -30,10 +29,14 @@ class HeldOut:
     Attributes:
         file: text for a language model; rows with labels, or images in folders of their labels, for a classifier.
         source: name of the model, whose image processor prepares images.
+        max_length: tokens of a text of a classifier, at most; None for what it reads.
+        batch_size: samples of a classifier at a time.
     """
 
     file: CalibrationFile
     source: str
+    max_length: int | None = None
+    batch_size: int = 32
 
     def judge(self, model: Any, tokenizer: Any, progress: bool) -> dict[str, Any]:
         """Return a row of what was found.
@@ -56,7 +59,7 @@ class HeldOut:
     def _batches(self, model: Any, tokenizer: Any) -> list[dict[str, torch.Tensor]]:
         rows: list[dict[str, Any]]
         if self.file.holds_images:
-            rows = self.file.images(self.source, model.config, 1 << 40, _BATCH, seed=0)
+            rows = self.file.images(self.source, model.config, 1 << 40, self.batch_size, seed=0)
             if "labels" not in rows[0]:
                 raise ValueError(
                     f"{self.file.option} {self.file.path}: the images must lie in folders with the names of the "
@@ -64,8 +67,8 @@ class HeldOut:
                 )
         else:
             rows = self.file.texts(model.config, needs_labels=True)
-        limits = {"num_samples": 1 << 40, "max_length": max_positions(model) or 512}
-        return labelled_batches(rows, model, tokenizer, **limits, batch_size=_BATCH, seed=0)
+        limits = {"num_samples": 1 << 40, "max_length": self.max_length or max_positions(model) or 512}
+        return labelled_batches(rows, model, tokenizer, **limits, batch_size=self.batch_size, seed=0)
 
 
 def accuracy(model: Any, batches: list[dict[str, torch.Tensor]], progress: bool) -> tuple[int, int]:

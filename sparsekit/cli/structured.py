@@ -14,7 +14,8 @@ from sparsekit.budgets import MEASURES
 from sparsekit.calibration import load_samples
 from sparsekit.calibration.quiet import as_in_inference
 from sparsekit.calibration.samples import Batch
-from sparsekit.cli.models import bytes_on_disk, load_model, load_tokenizer
+from sparsekit.cli.calibration_file import holds_tokens
+from sparsekit.cli.models import bytes_on_disk, load_model, load_tokenizer, tokenizer_if_any
 from sparsekit.cli.output import Output
 from sparsekit.cli.quality import HeldOut
 from sparsekit.cli.sensitivity_plot import draw_blocks, draw_widths, has_matplotlib, width_lines
@@ -67,7 +68,7 @@ class _Run:
 
     def __init__(self, options: StructuredOptions, output: Output, model: Any, notes: list[str]) -> None:
         self.options, self.output, self.model, self.notes = options, output, model, notes
-        self.tokenizer = _tokenizer(options)
+        self.tokenizer = tokenizer_if_any(options.model)
         self.config = options.config
         self.given: dict[str, Any] = {
             "num_calibration_samples": options.num_calibration_samples or self._num_samples(),
@@ -127,10 +128,9 @@ class _Run:
         else:
             data = file.texts(config, needs_labels=self.config.needs_labels and not is_causal(self.model))
         limits = {"num_samples": num, "max_length": self.given["max_seq_length"], "batch_size": size}
-        tokenizer = self.tokenizer
-        if tokenizer is None and isinstance(data, str | Path):
-            tokenizer = load_tokenizer(self.options.model)  # which says what is missing
-        samples = load_samples(data, self.model, tokenizer, **limits, seed=seed)
+        if self.tokenizer is None and not holds_tokens(data):
+            load_tokenizer(self.options.model)  # says what is missing
+        samples = load_samples(data, self.model, self.tokenizer, **limits, seed=seed)
         self.batches = samples.batches
         if self.config.needs_labels:
             return data
@@ -262,10 +262,3 @@ class _Run:
 def _asked(options: StructuredOptions) -> str:
     """Return the budget, as it was given."""
     return " ".join(f"{kind} {amount}" for kind, amount in options.budget.items() if amount is not None)
-
-
-def _tokenizer(options: StructuredOptions) -> Any:
-    try:
-        return load_tokenizer(options.model)
-    except FileNotFoundError:
-        return None

@@ -112,7 +112,10 @@ class StructuredOptions:
         """Raise ValueError or FileNotFoundError for what can be seen to be wrong before a model is loaded."""
         shape = "'structured' or 'depth', and then maybe one pattern of zeros, as structured,2:4"
         parsed = [parse_pattern(each) for each in self.patterns]
-        if len(parsed) > 2 or any(isinstance(each, Structured | DepthPattern) for each in parsed[1:]):
+        if (
+            len(parsed) > 2
+            or [isinstance(each, Structured | DepthPattern) for each in parsed] != [True, False][: len(parsed)]
+        ):
             raise ValueError(f"--pattern {','.join(self.patterns)}: {shape}")
         if len(self.methods) > len(parsed):
             raise ValueError(f"--method {','.join(self.methods)}: one for each pattern of {','.join(self.patterns)}")
@@ -155,9 +158,9 @@ def split(words: str | None) -> tuple[str, ...]:
 
 
 def is_structured(patterns: Sequence[str], methods: Sequence[str]) -> bool:
-    """Return whether parts of a model are to go: the first pattern says so or, where there is none, the method."""
+    """Return whether parts of a model are to go: a pattern says so or, where there is none, the method."""
     if patterns:
-        return isinstance(parse_pattern(patterns[0]), Structured | DepthPattern)
+        return any(isinstance(parse_pattern(each), Structured | DepthPattern) for each in patterns)
     return bool(methods) and methods[0] in METHODS and issubclass(METHODS.get(methods[0]), StructuredMethod)
 
 

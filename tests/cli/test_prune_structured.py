@@ -352,7 +352,7 @@ def test_a_budget_in_time_is_held_against_the_measurement(tiny_model, tmp_path, 
     def table(model, legal, *, batch_size, length):
         asked.append((batch_size, length))
         points = {w.name: ((0, 0.0), (w.num_units, float(w.num_units * w.columns))) for w in legal.widths}
-        return LatencyTable(batch_size, length, points, {w.name: w.num_units for w in legal.widths}, 1.0)
+        return LatencyTable(batch_size, length, points, {w.name: w.num_units for w in legal.widths}, 0.0)
 
     replaced = [
         name for name, module in sys.modules.items() if name.startswith("sparsekit.") and "benchmarking" not in name
@@ -360,11 +360,11 @@ def test_a_budget_in_time_is_held_against_the_measurement(tiny_model, tmp_path, 
     for name in replaced:
         if hasattr(sys.modules[name], "measure_latency"):
             monkeypatch.setattr(sys.modules[name], "measure_latency", table)
-    words = ["--method", "magnitude-sp", "--speedup", 1.5, "--batch", 3, "--length", 9, "--bench-batches", 1, "-q"]
+    words = ["--method", "magnitude-sp", "--speedup", 2, "--batch", 3, "--length", 9, "--bench-batches", 1, "-q"]
     found = prune(tiny_model, tmp_path / "out", *words, "--no-plot", json_path=tmp_path / "r.json")
     assert asked == [(3, 9)]
     assert {row["batch"] for row in found["benchmark"]["rows"]} == {1, 3}
-    assert any("--speedup 1.5 was asked for at batch 3" in note for note in found["benchmark"]["notes"])
+    assert any("--speedup 2.0 was asked for at batch 3" in note for note in found["benchmark"]["notes"])
 
 
 BAD = {
@@ -386,7 +386,7 @@ BAD = {
     "format": (["--pattern", "structured", "--format", "semi24", "--flops", "60%"], "--format semi24: not for"),
     "method of zeros": (["--pattern", "structured", "--method", "wanda", "--flops", "60%"], "zeroes weights"),
     "method": (["--pattern", "structured", "--method", "kcmm", "--flops", "60%"], "Did you mean 'kcm'?"),
-    "order": (["--pattern", "2:4,structured", "--flops", "60%"], "unknown pattern"),
+    "order": (["--pattern", "2:4,structured", "--flops", "60%"], "then maybe one pattern of zeros"),
     "twice": (["--pattern", "structured,depth", "--flops", "60%"], "structured,2:4"),
     "methods": (["--pattern", "structured", "--method", "kcm,wanda", "--flops", "60%"], "one for each pattern"),
     "second": (
