@@ -99,7 +99,7 @@ def shrink_(
         batches, plan.made_by.data_digest = samples.batches, samples.digest
         plan.made_by.sample_length = samples.length
         plan.notes += [samples.note] if samples.note else []
-    check_tokens(batches)
+    check_tokens(batches, tokenizer)
     plan.made_by.num_samples = sum(len(next(iter(batch.values()))) for batch in batches)
     with restored_on_failure(model) as snapshot:
         if isinstance(config, WidthMethod):
@@ -181,7 +181,8 @@ def _thin_(
     plan.cuts[stream.embedding] = Cut(torch.arange(num_kept), size, "hidden")
     plan.notes += [f"{num_kept} of {size} hidden dimensions are left", what_is_left]
     if was_tied:
-        plan.notes.append(f"{stream.head} no longer shares its weight with {stream.embedding}, which costs parameters")
+        own = num_kept * model.get_submodule(stream.head).get_parameter("weight").shape[0]
+        plan.notes.append(f"{stream.head} no longer shares its weight with {stream.embedding}: {own:,} parameters more")
 
 
 class _Readers:

@@ -64,10 +64,20 @@ def run(model: nn.Module, batch: Batch) -> Any:
     return model(inputs.pop(INPUT), **inputs) if INPUT in inputs else model(**inputs)
 
 
-def check_tokens(batches: list[Batch]) -> None:
-    """Raise ValueError if batches hold nothing but padding."""
-    if batches and all("attention_mask" in batch and not bool(batch["attention_mask"].any()) for batch in batches):
-        raise ValueError("no token of the calibration data is more than padding: pass text that the model can use")
+def check_tokens(batches: list[Batch], tokenizer: Any = None) -> None:
+    """Raise ValueError if batches of tokens hold nothing but padding and what the tokenizer calls special, as the token
+    of unknown words."""
+    special = torch.tensor(sorted(getattr(tokenizer, "all_special_ids", None) or ()), dtype=torch.long)
+    for batch in batches:
+        ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+        if ids is None:
+            return
+        real = ids[mask != 0] if mask is not None and mask.shape == ids.shape else ids.flatten()
+        if not bool(torch.isin(real.cpu(), special).all()):
+            return
+    if batches:
+        kinds = "padding, an unknown word or another special token" if len(special) else "padding"
+        raise ValueError(f"no token of the calibration data is more than {kinds}: pass text that the model can use")
 
 
 def mean_length(model: nn.Module, reader: str, batches: list[Batch]) -> float | None:

@@ -7,7 +7,9 @@ from sparsekit.archs import find_widths
 from sparsekit.calibration import load_samples
 from sparsekit.errors import NonFiniteError
 from sparsekit.methods.structured.inputs import InputSums, input_sums, mean_length
+from sparsekit.prune import prune_
 from tests.archs.tiny_models import tiny_model, token_samples
+from tests.methods.structured.test_structured import config_for
 
 
 def test_sums_are_those_of_the_tokens():
@@ -64,3 +66,35 @@ def test_the_length_of_images_is_their_patches():
     model = ViTModel(config).eval()
     (reader, *_) = [width.name for width in find_widths(model)]
     assert mean_length(model, reader, [{"pixel_values": torch.zeros(3, 3, 16, 16)}]) == 17
+
+
+def reader_of_letters():
+    """A tokenizer that knows the letters from a to e, as words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: index for index, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcde"])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    names = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    return PreTrainedTokenizerFast(tokenizer_object=words, **names)
+
+
+@pytest.mark.parametrize("method", ["contribution", "fisher", "kcm"])
+@pytest.mark.parametrize("texts", [["x y z", "z z"], ["", " "]], ids=["of another language", "blank"])
+def test_text_without_a_word_that_the_model_knows(method, texts):
+    model = tiny_model("bert")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    data = [{"text": text, "label": 1} for text in texts] if method == "fisher" else texts
+    given = {"tokenizer": reader_of_letters(), "progress": False}
+    with pytest.raises(ValueError, match="an unknown word or another special token: pass text|gave 0 tokens"):
+        prune_(model, method, dataset=data, **given)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    config = config_for(method, model)
+    assert prune_(model, config, dataset=[*data, *known(method)], **given).cuts
+
+
+def known(method):
+    texts = ["a b c", "c d e e", "a a d"]
+    return [{"text": text, "label": 0} for text in texts] if method == "fisher" else texts
