@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekit.archs import Width, find_widths
+from sparsekit.archs import Width, find_blocks, find_widths
 from sparsekit.calibration import Walk, load_samples
 from sparsekit.calibration.quiet import as_in_inference
 from sparsekit.calibration.samples import Batch
@@ -125,6 +125,7 @@ def _narrow_(
 ) -> None:
     """Take out heads and channels; a width takes part if all layers that it touches are targets."""
     widths = _targeted(find_widths(model), layers)
+    plan.notes += _left_whole(model, widths, layers)
     solver = WidthSolver(model, config, widths, batches)
     own = [width for width in widths if width.kind in config.kinds]
     if config.wants_biases and (left := give_biases_(model, own, snapshot)):
@@ -288,6 +289,18 @@ class _Readers:
         set_weight_NK_(reader.layer, w_NK)
         if decided.reader.bias is not None:
             reader.layer.get_parameter("bias").copy_(decided.reader.bias)
+
+
+def _left_whole(model: nn.Module, widths: list[Width], layers: Mapping[str, nn.Module]) -> list[str]:
+    """Say which targets in blocks belong to no width, if any do, so that the budget is not about them."""
+    known = {name for width in widths for name in (width.name, *(rows.name for rows in width.producers))}
+    blocks = [f"{block}." for names in find_blocks(model, layers).values() for block in names]
+    others = [name for name in layers if name not in known and name.startswith(tuple(blocks))]
+    if not others:
+        return []
+    return [
+        f"{len(others)} layers of blocks, as {others[0]}, belong to no heads or channels that can go, and stay whole"
+    ]
 
 
 def _targeted(widths: list[Width], layers: Mapping[str, nn.Module]) -> list[Width]:

@@ -239,6 +239,17 @@ def test_widths_that_are_rounded():
     assert channels and all(number % 4 == 0 for number in channels)
 
 
+def test_what_is_not_known_is_said():
+    """Attentions of a T5 have a bias for each head, by position: only its channels can go."""
+    model = tiny_model("t5")
+    data = [{"input_ids": each[None], "decoder_input_ids": each[None]} for each in token_samples(6)]
+    plan = pruned(model, Contribution(), data)
+    assert {cut.kind for cut in plan.cuts.values()} == {"channels"}
+    assert any("24 layers of blocks, as encoder.block.0.layer.0" in n and "stay whole" in n for n in plan.notes)
+    plan = pruned(tiny_model("gpt2"), config_for("contribution", tiny_model("gpt2")))
+    assert not any("stay whole" in note for note in plan.notes)
+
+
 def test_padding_counts_for_nothing():
     """The same tokens with and without padding give the same choice, and nearly the same weights."""
     plain = [{"input_ids": sample[None]} for sample in token_samples(8)]
