@@ -71,16 +71,18 @@ def draw_widths(lines: Sequence[WidthLine], title: str) -> bytes:
         )
     if has_curves:
         axes[0][0].set_ylabel("divergence of the answers", color=GREY)
+        axes[0][0].set_ylim(_range(lines))
     axes[-1][0].set_ylabel("kept, %", color=GREY)
     return _png(figure)
 
 
-def draw_blocks(costs: Sequence[float], gone: Sequence[int], title: str) -> bytes:
+def draw_blocks(costs: Sequence[float], gone: Sequence[int], title: str, what: str) -> bytes:
     """Return a PNG with a bar for each block, those that went in another colour.
 
     Args:
-        costs: of each block: how much it changes the residual stream, 1 - cosine.
+        costs: of each block.
         gone: places of the blocks that went.
+        what: the costs are.
     """
     figure, ((axes,),) = _figure(1, 1, title, shared="all")
     for label, color, places in (
@@ -89,7 +91,7 @@ def draw_blocks(costs: Sequence[float], gone: Sequence[int], title: str) -> byte
     ):
         axes.bar(places, [costs[place] for place in places], color=color, label=label)
     axes.set_xlabel("block", color=GREY)
-    axes.set_ylabel("influence: 1 - cosine of input and output", color=GREY)
+    axes.set_ylabel(what, color=GREY)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False)
     return _png(figure)
@@ -105,11 +107,15 @@ def _draw_curves(axes: Any, lines: Sequence[WidthLine], colors: Any) -> None:
         if line.kept < line.num:
             axes.plot(100 * line.kept / line.num, line.curve[line.kept], "o", color=color, markersize=6, mec="white")
     axes.set_yscale("log")
-    known = [(line.curve, line.num) for line in lines if line.curve is not None and line.num > 1]
-    if lowest := min((float(curve[min(round(0.95 * num), num - 1)]) for curve, num in known), default=0.0):
-        axes.set_ylim(bottom=lowest / 2)
     axes.set_xlabel("units left in this layer alone, % (dot: where it was cut)", color=GREY)
     axes.set_xlim(100, 0)
+
+
+def _range(lines: Sequence[WidthLine]) -> tuple[float, float]:
+    """Return what the curves span, without what the last few units of a layer cost, which is next to nothing."""
+    known = [(line.curve, line.num) for line in lines if line.curve is not None and line.num > 1]
+    lows = [float(curve[min(round(0.95 * num), num - 1)]) for curve, num in known]
+    return min(lows, default=0.5) / 2, max((float(curve[1]) for curve, _ in known), default=0.5) * 2
 
 
 def _draw_kept(axes: Any, lines: Sequence[WidthLine], colors: Any) -> None:

@@ -26,10 +26,11 @@ from sparsekit.files import replace_file
 from sparsekit.hf.describe import is_pretrained, who_opens
 from sparsekit.methods import Depth, StructuredMethod, method_config
 from sparsekit.methods.structured import WidthMethod
-from sparsekit.methods.structured.depth import influences
+from sparsekit.methods.structured.depth import Judge, influences
 from sparsekit.methods.structured.inputs import mean_length
 from sparsekit.methods.structured.sensitivity import measure_sensitivity
 from sparsekit.nn import sparse_layers
+from sparsekit.progress import progress_bar
 from sparsekit.report import Report
 from sparsekit.targets import is_linear
 
@@ -172,7 +173,7 @@ class _Run:
         title = f"{Path(options.model).name}: {config.name}, {_asked(options)}"
         if isinstance(config, Depth):
             gone = next((cut.removed.tolist() for cut in plan.cuts.values() if cut.kind == "layers"), [])
-            return plan, draw_blocks(before["influences"], gone, title)
+            return plan, draw_blocks(before["costs"], gone, title, before["what"])
         if isinstance(config, WidthMethod):
             return plan, draw_widths(width_lines(widths, plan.cuts, plan.sensitivity or before), title)
         self.notes.append(f"no plot: --method {config.name} takes the same from every layer")
@@ -182,10 +183,7 @@ class _Run:
         """Return what the plot needs to know of the dense model, and the method does not find out by itself."""
         measures_itself = getattr(self.config, "allocation", "") == "sensitivity"
         if isinstance(self.config, Depth):
-            linears = [name for name, module in self.model.named_modules() if is_linear(module)]
-            blocks = next(iter(find_blocks(self.model, linears).values()), [])
-            with as_in_inference(self.model):
-                return {"influences": influences(self.model, blocks, 1, self.batches)}
+            return self._look_at_blocks(self.config)
         if not isinstance(self.config, WidthMethod) or measures_itself or not self.batches:
             return {}
         try:
@@ -193,6 +191,19 @@ class _Run:
         except Unsupported as error:
             self.notes.append(f"the plot has no curves: {error}")
             return {}
+
+    def _look_at_blocks(self, config: Depth) -> dict[str, Any]:
+        """Return what the model loses without each of its blocks, as the method judges."""
+        linears = [name for name, module in self.model.named_modules() if is_linear(module)]
+        blocks = next(iter(find_blocks(self.model, linears).values()), [])
+        with as_in_inference(self.model), progress_bar("blocks", len(blocks) + 1, self.output.progress) as bar:
+            if config.criterion == "influence":
+                costs = influences(self.model, blocks, 1, self.batches)
+                return {"costs": costs, "what": "influence, 1 - cosine"}
+            judge = Judge(self.model, blocks, self.batches)
+            dense = judge.cost([], bar)
+            costs = [judge.cost([place], bar) - dense for place in range(len(blocks))]
+            return {"costs": costs, "what": "loss more without it, nats" if judge.predicts else "divergence without it"}
 
     def _mask_(self) -> None:
         """Carry out the second pattern, on what is left."""

@@ -524,13 +524,15 @@ def test_dots_of_the_plot_are_where_the_cuts_are(monkeypatch):
         [WidthLine("heads", 4, 3, curve), WidthLine("heads", 4, 4, curve), WidthLine("channels", 4, 1, curve)], "x"
     )
     heads, channels, kept, _ = drawn[0].axes
+    low, high = channels.get_ylim()
+    assert low < 1 and high > 4, "curves leave the picture"
     dots = [list(zip(*line.get_data(), strict=True)) for line in heads.lines if line.get_marker() == "o"]
     assert dots == [[(75.0, 1.0)]]
     assert [list(zip(*line.get_data(), strict=True)) for line in channels.lines if line.get_marker() == "o"] == [
         [(25.0, 4.0)]
     ]
     assert [bar.get_height() for bar in kept.patches] == [75, 100]
-    draw_blocks([0.1, 0.3, 0.2], [1], "x")
+    draw_blocks([0.1, 0.3, 0.2], [1], "x", "cost")
     assert {(bar.get_x() + bar.get_width() / 2, bar.get_height()) for bar in drawn[1].axes[0].containers[1]} == {
         (1, 0.3)
     }
