@@ -105,7 +105,9 @@ def _draw_curves(axes: Any, lines: Sequence[WidthLine], colors: Any) -> None:
         numbers = range(1, line.num)  # with all units nothing is lost, and a logarithm has no place for that
         axes.plot([100 * n / line.num for n in numbers], line.curve[1 : line.num], color=color, linewidth=1.3)
         if line.kept < line.num:
-            axes.plot(100 * line.kept / line.num, line.curve[line.kept], "o", color=color, markersize=6, mec="white")
+            axes.plot(
+                100 * line.kept / line.num, line.curve[line.kept], "o", color=color, markersize=6, mec="white", zorder=3
+            )
     axes.set_yscale("log")
     axes.set_xlabel("units left in this layer alone, % (dot: where it was cut)", color=GREY)
     axes.set_xlim(100, 0)

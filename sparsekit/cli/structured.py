@@ -102,7 +102,7 @@ class _Run:
         report = sk.check(self.model, plan)
         report.notes += self.notes
         told = who_opens(self.model) if is_pretrained(self.model) else "opened by sparsekit.load"
-        facts = report.summary if len(options.patterns) == 2 else {}
+        facts = {key: fact for key, fact in report.summary.items() if len(options.patterns) == 2 and " left" not in key}
         remarks = [note for note in report.notes if note != told]
         output.add("check", report, shown=Report(report.title, [], facts, remarks, report.ok))
         self._save(plan, picture, told)
