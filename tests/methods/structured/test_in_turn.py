@@ -83,6 +83,21 @@ def test_one_report_of_both_and_one_folder(family, tmp_path):
         assert torch.equal(cached, again.generate(x, use_cache=False, **given))
 
 
+def test_hidden_dimensions_then_widths(tmp_path):
+    """What the stream does not need, then what blocks do not; the plan of both does it again."""
+    found = []
+    original = sk.sparsify.__globals__["merged"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sk.sparsify.__globals__, "merged", lambda *two: found.append(original(*two)) or found[-1])
+        methods = [sk.SliceGPT(sparsity=0.2, round_to=2), sk.Contribution(sparsity=0.25, min_channels=1)]
+        model = sparsified(tiny_model("llama"), ["structured", "structured"], method=methods)
+    (plan,) = found
+    assert model.config.hidden_size == 16 and {cut.kind for cut in plan.cuts.values()} >= {"hidden", "channels"}
+    assert plan.made_by.method == "slicegpt, contribution" and sk.check(model, plan).ok
+    model.save_pretrained(tmp_path)
+    assert torch.equal(outputs(type(model).from_pretrained(tmp_path)), outputs(model))
+
+
 def test_three_in_turn_leave_one_plan_that_can_be_repeated():
     found = []
     original = sk.sparsify.__globals__["merged"]
