@@ -21,7 +21,7 @@ from sparsekit.cli.quality import HeldOut
 from sparsekit.cli.sensitivity_plot import draw_blocks, draw_widths, has_matplotlib, width_lines
 from sparsekit.cli.sizes import Sizes, shown, sizes_report
 from sparsekit.cli.structured_options import StructuredOptions
-from sparsekit.errors import Unsupported
+from sparsekit.errors import SparsekitError, Unsupported
 from sparsekit.files import replace_file
 from sparsekit.hf.describe import is_pretrained, who_opens
 from sparsekit.methods import Depth, StructuredMethod, method_config
@@ -71,10 +71,11 @@ class _Run:
         self.options, self.output, self.model, self.notes = options, output, model, notes
         self.tokenizer = tokenizer_if_any(options.model)
         self.config = options.config
+        num, size = options.num_calibration_samples, options.batch_size
         self.given: dict[str, Any] = {
-            "num_calibration_samples": options.num_calibration_samples or self._num_samples(),
+            "num_calibration_samples": self._num_samples() if num is None else num,
             "max_seq_length": options.max_seq_length,
-            "batch_size": options.batch_size or (1 if is_causal(model) else 32),
+            "batch_size": (1 if is_causal(model) else 32) if size is None else size,
             "seed": options.seed,
         }
         self.batches: list[Batch] = []
@@ -105,13 +106,19 @@ class _Run:
         facts = {key: fact for key, fact in report.summary.items() if len(options.patterns) == 2 and " left" not in key}
         remarks = [note for note in report.notes if note != told]
         output.add("check", report, shown=Report(report.title, [], facts, remarks, report.ok))
-        self._save(plan, picture, told)
-        if options.bench:
-            try:
+        if not report.ok:
+            raise SparsekitError(
+                "the result does not hold what was asked for, as the notes above say: nothing was saved"
+            )
+        is_packed = options.packed and bool(sparse_layers(self.model))
+        sk.save(self.model, options.out, packed=is_packed, tokenizer=self.tokenizer)
+        try:
+            self._save_beside(plan, picture, told)
+            if options.bench:
                 self._time()
-            except BaseException as error:
-                error.add_note(f"the pruned model is in {options.out}")
-                raise
+        except BaseException as error:
+            error.add_note(f"the pruned model is in {options.out}")
+            raise
 
     def _num_samples(self) -> int:
         if getattr(self.model, "main_input_name", "") == "pixel_values":
@@ -222,10 +229,9 @@ class _Run:
             **self.given,
         )
 
-    def _save(self, plan: sk.Plan, picture: bytes | None, told: str) -> None:
+    def _save_beside(self, plan: sk.Plan, picture: bytes | None, told: str) -> None:
+        """Write what else belongs to the saved model, and say what is there."""
         options, out = self.options, Path(self.options.out)
-        is_packed = options.packed and bool(sparse_layers(self.model))
-        sk.save(self.model, out, packed=is_packed, tokenizer=self.tokenizer)
         plan.save(out / PLAN)
         if picture is not None:
             with replace_file(out / PLOT) as file:
@@ -261,8 +267,9 @@ class _Run:
             dense, self.model, batch_sizes=sorted(batches), length=length, progress=self.output.progress
         )
         if in_time:
-            row = next(row for row in report.rows if row["batch"] == self.config.batch)
-            found = f"{row['speedup']:.3g} times" if kind == "speedup" else f"{row['smaller ms']:.3g} ms"
+            row = next((row for row in report.rows if row["batch"] == self.config.batch), None)
+            measured = {"speedup": "speedup", "latency_ms": "smaller ms"}[kind]
+            found = "nothing" if row is None else f"{row[measured]:.3g} {'times' if kind == 'speedup' else 'ms'}"
             report.notes.append(
                 f"--{kind.replace('_', '-')} {options.budget[kind]} was asked for at batch {self.config.batch}, and "
                 f"{found} was measured"

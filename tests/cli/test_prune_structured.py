@@ -21,6 +21,7 @@ from sparsekit.cli.sizes import Sizes
 from sparsekit.hf import QUANT_METHOD
 from sparsekit.nn import sparse_layers
 from sparsekit.plan import Plan
+from sparsekit.report import Report
 
 WORDS = "the a film is good bad dull bright long short and very not so plain fine".split()
 LABELS = ["bad", "good"]
@@ -402,6 +403,12 @@ BAD = {
     "set twice": (["--method", "kcm", "--flops", "60%", "--set", "sparsity=0.2"], "--set sparsity"),
     "batches": (["--method", "magnitude-sp", "--flops", "60%", "--bench-batches", "one"], "--bench-batches 'one'"),
     "out is model": (["--method", "magnitude-sp", "--flops", "60%", "--out-is-model"], "OUT is MODEL"),
+    "samples": (
+        ["--method", "flap", "--flops", "60%", "--dataset", "{text}", "--num-calibration-samples", "0"],
+        "at least 1",
+    ),
+    "batch size": (["--method", "flap", "--flops", "60%", "--dataset", "{text}", "--batch-size", "0"], "at least 1"),
+    "length": (["--method", "flap", "--flops", "60%", "--dataset", "{text}", "--length", "0"], "length=0"),
     "columns of .txt": (
         ["--method", "kcm", "--flops", "60%", "--dataset", "{text}", "--labels", "x"],
         "has no columns",
@@ -440,6 +447,13 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_work(tiny_model, tex
     monkeypatch.setattr("sparsekit.cli.structured.load_model", lambda *_: pytest.fail("the work was begun"))
     result = run("prune", tiny_model, text / "out", "--method", "magnitude-sp", "--flops", "60%", "-q")
     assert result.exit_code == 2 and "OUT" in result.stderr
+
+
+def test_what_does_not_hold_is_not_saved(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(sk, "check", lambda *_: Report("check", notes=["one layer is broken"], ok=False))
+    result = run("prune", tiny_model, tmp_path / "out", "--method", "magnitude-sp", "--sparsity", 0.5, *QUIET)
+    assert result.exit_code == 1 and "nothing was saved" in result.stderr and "one layer is broken" in result.stdout
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("part", ["apply_", "check", "save"])
