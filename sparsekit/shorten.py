@@ -1,6 +1,7 @@
 """Make a model shorter: how many blocks the budget pays for, which go, and what they are until they are cut out.
 
-Blocks need not cost the same, as where widths went before: then more go until what is left is within the budget.
+Blocks need not cost the same, as where widths went before: then as many go as it takes for the others to be within the
+budget, or above it by no more than its tolerance.
 """
 
 from collections.abc import Mapping
@@ -63,6 +64,8 @@ def shorten_(
     budget, costs = Budget.parse(config.budget), _costs_of_blocks(model, config, blocks, batches)
     prices = [int(costs.curves[block][1]) for block in blocks]
     most = budget.limits(costs)[1]
+    if len(set(prices)) > 1:  # by a channel more or less: another whole block is not worth that
+        most += int(budget.tolerance * most)
     gone: list[int] = []
     left, num_gone = costs.dense, _fewest(prices, most)
     while left > most:
