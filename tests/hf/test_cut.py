@@ -107,7 +107,7 @@ def stock(tmp_path_factory):
     others = [path for path in sys.path if path and not (Path(path) / "sparsekit").is_dir()]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(others), "TRANSFORMERS_VERBOSITY": "error"}
     command = [sys.executable, "-c", LOAD_ALL, *map(str, folders.values())]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
     return {family: (folder, found[str(folder)]) for family, folder in folders.items()}
