@@ -1,13 +1,13 @@
 """What sparse training wins back, row by row, at equal token budgets.
 
     python bench/train_quality.py --data DIR --json FILE [--models wikilm] [--rows ast,fixed] [--seeds 0,1,2]
-                                  [--learning-rates 1e-3,2e-3] [--steps 160] [--batch 24] [--split valid]
+                                  [--learning-rates 1e-3,2e-3] [--steps 160] [--batch 24] [--splits valid]
 
 `DIR` is laid out as for `bench/quality.py`. Every run starts from the same dense model, reads the same number of tokens
-of the training split in an order that the seed decides, and is judged on the validation split (`--split test` once, at
-the end). Each row has its own best learning rate: the one with the lowest mean over the seeds that all rates share. A
-run that is in FILE already is not repeated, so a long table can be made in pieces; the table printed at the end is that
-of the whole file. `dense` is the dense model trained on for as many tokens.
+of the training split in an order that the seed decides, and is judged on the validation split (`--splits valid,test`
+once, at the end, where there is a test text). Each row has its own best learning rate: the one with the lowest mean over
+the seeds that all rates share. A run that is in FILE already is not repeated, so a long table can be made in pieces; the
+table printed at the end is that of the whole file. `dense` is the dense model trained on for as many tokens.
 """
 
 import argparse
@@ -67,11 +67,13 @@ def train_dense_(model: Any, chunks: list[Tensor], args: TrainingArguments) -> N
     Trainer(model=model, args=args, train_dataset=data, data_collator=collate).train()
 
 
-def run(case: Case, root: Path, row: str, options: argparse.Namespace, seed: int, rate: float) -> dict[str, Any]:
-    """Train once, and append the row to the file and return it."""
-    model_dir, held_out = model_in(root, case), case.held_out(options.split)
+def run(
+    case: Case, root: Path, row: str, options: argparse.Namespace, seed: int, rate: float, splits: list[str]
+) -> list[dict[str, Any]]:
+    """Train once, and append a row for each split to the file and return them."""
+    model_dir = model_in(root, case)
     model = load_model(model_dir)
-    train, valid = (load_ids(text_in(root, file), model_dir) for file in (case.train, held_out))
+    train = load_ids(text_in(root, case.train), model_dir)
     chunks = list(train[: train.numel() // case.chunk * case.chunk].view(-1, case.chunk))
     shared: dict[str, Any] = {
         "output_dir": str(options.work / f"{case.model}-{row.replace(' ', '-')}-{seed}-{rate}"),
@@ -97,25 +99,30 @@ def run(case: Case, root: Path, row: str, options: argparse.Namespace, seed: int
     else:
         plan = sk.prune_(model, ASTConfig(**shared, **ROWS[row]), dataset=chunks, progress=False)
     seconds = time.perf_counter() - started
-    found = perplexity(model, valid, max_seq_length=case.chunk, progress=False)
-    found_row = {
-        "model": case.model,
-        "row": row,
-        "seed": seed,
-        "learning_rate": rate,
-        "steps": options.steps,
-        "batch": options.batch,
-        "tokens": options.steps * options.batch * case.chunk,
-        "split": options.split,
-        "bf16": options.bf16,
-        "perplexity": found.value,
-        "seconds": seconds,
-        "sparsity": None if plan is None else plan.sparsity,
-    }
-    return record("train_quality", found_row, options.json)
+    rows = []
+    for split in splits:
+        held_out = load_ids(text_in(root, case.held_out(split)), model_dir)
+        found = perplexity(model, held_out, max_seq_length=case.chunk, progress=False)
+        about = {
+            "model": case.model,
+            "row": row,
+            "seed": seed,
+            "learning_rate": rate,
+            "steps": options.steps,
+            "batch": options.batch,
+            "tokens": options.steps * options.batch * case.chunk,
+            "split": split,
+            "bf16": options.bf16,
+            "perplexity": found.value,
+            "seconds": seconds,
+            "sparsity": None if plan is None else plan.sparsity,
+            "threads": torch.get_num_threads(),
+        }
+        rows.append(record("train_quality", about, options.json))
+    return rows
 
 
-KEY = ("model", "row", "seed", "learning_rate", "steps", "batch", "split", "bf16")
+KEY = ("model", "row", "seed", "learning_rate", "steps", "batch", "bf16")
 
 
 def table(rows: list[dict[str, Any]]) -> Report:
@@ -157,23 +164,28 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--bf16", action="store_true", help="train in bf16 autocast")
-    parser.add_argument("--split", choices=["valid", "test"], default="valid")
+    parser.add_argument(
+        "--splits", type=words, default=["valid"], help="valid, test or both, where there is a test text"
+    )
     parser.add_argument("--work", type=Path, default=Path("ast-output"), help="where runs put their files")
     parser.add_argument("--table", action="store_true", help="train nothing, print the table of the file")
     options = parser.parse_args()
     if wrong := [row for row in options.rows if row not in ("dense", *ROWS, *ONE_SHOT)]:
         parser.error(f"--rows: {', '.join(wrong)} unknown; there are dense, {', '.join([*ROWS, *ONE_SHOT])}")
-    if options.split == "test" and len(options.learning_rates) > 1:
-        parser.error("--split test takes one learning rate: choose it on the validation split")
+    if wrong := [split for split in options.splits if split not in ("valid", "test")]:
+        parser.error(f"--splits: {', '.join(wrong)} unknown; there are valid and test")
+    if "test" in options.splits and len(options.learning_rates) > 1:
+        parser.error("--splits test takes one learning rate: choose it on the validation split")
     rows = [json.loads(line) for line in options.json.read_text().splitlines()] if options.json.exists() else []
     for case in CASES if not options.table else ():
+        has = [split for split in options.splits if split == "valid" or case.test]
         for seed in options.seeds if case.model in options.models else ():
             for row in options.rows:
                 for rate in options.learning_rates:
-                    asked = (case.model, row, seed, rate, options.steps, options.batch, options.split, options.bf16)
-                    if any(tuple(done[name] for name in KEY) == asked for done in rows):
-                        continue
-                    rows.append(run(case, options.data, row, options, seed, rate))
+                    asked = (case.model, row, seed, rate, options.steps, options.batch, options.bf16)
+                    done = {found["split"] for found in rows if tuple(found[name] for name in KEY) == asked}
+                    if left := [split for split in has if split not in done]:
+                        rows += run(case, options.data, row, options, seed, rate, left)
     table(rows).print()
 
 
