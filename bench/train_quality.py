@@ -7,7 +7,8 @@
 of the training split in an order that the seed decides, and is judged on the validation split (`--splits valid,test`
 once, at the end, where there is a test text). Each row has its own best learning rate: the one with the lowest mean
 over the seeds that all rates share. A run that is in FILE already is not repeated, so a long table can be made in
-pieces; the table printed at the end is that of the whole file. `dense` is the dense model trained on for as many tokens.
+pieces; the table printed at the end is that of the whole file. `dense` is the dense model trained on for as many
+tokens.
 """
 
 import argparse
