@@ -27,9 +27,22 @@ from transformers import Trainer, TrainingArguments
 
 import sparsekit as sk
 from sparsekit.evaluate import perplexity
+from sparsekit.masks import Mask
+from sparsekit.patterns import NM
 from sparsekit.report import Report
+from sparsekit.targets import find_targets, weight_NK
 from sparsekit.train.ast_config import ASTConfig
 from sparsekit.train.data import collate, training_samples
+
+
+def random_masks(model: Any, seed: int) -> sk.Plan:
+    """Return 2:4 masks drawn without a look at the weights: the worst start that there is."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = {
+        name: torch.rand(weight_NK(layer).shape, generator=generator) for name, layer in find_targets(model).items()
+    }
+    return sk.Plan({name: Mask("2:4", NM(2, 4).project(score)) for name, score in scores.items()})
+
 
 FIXED: dict[str, Any] = {"mask_update_steps": 0, "masked_decay": 0.0}
 ROWS: dict[str, dict[str, Any]] = {
@@ -42,6 +55,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "naive": FIXED | {"kd_weight": 0.0},
     "ast from magnitude": {"start": "magnitude"},
     "fixed mask from magnitude": FIXED | {"start": "magnitude"},
+    "ast from a random mask": {"start": random_masks},
+    "fixed mask from a random mask": FIXED | {"start": random_masks},
     "decay in the gradient": {"masked_decay_kind": "gradient"},
     "decay of the paper": {"masked_decay_kind": "paper"},
     "no decay": {"masked_decay": 0.0},
@@ -53,7 +68,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "int4 in training": {"format": "semi24_int4"},
     "int4 in training + slorb": {"format": "semi24_int4", "slorb_group": 16},
 }
-"""Row -> what it changes of `sk.AST`'s defaults. "dense" stands beside them."""
+"""Row -> what it changes of `sk.AST`'s defaults. "dense" stands beside them. A start may be made of model and seed."""
 
 ONE_SHOT: dict[str, Any] = {
     "SparseGPT one shot": sk.SparseGPT(),
@@ -98,7 +113,10 @@ def run(
         train_dense_(model, chunks, TrainingArguments(**shared, **extra, remove_unused_columns=False))
         plan = None
     else:
-        plan = sk.prune_(model, ASTConfig(**shared, **ROWS[row]), dataset=chunks, progress=False)
+        own = dict(ROWS[row])
+        if callable(own.get("start")):
+            own["start"] = own["start"](model, seed)
+        plan = sk.prune_(model, ASTConfig(**shared, **own), dataset=chunks, progress=False)
     seconds = time.perf_counter() - started
     rows = []
     for split in splits:
