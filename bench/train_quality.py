@@ -12,6 +12,7 @@ tokens.
 """
 
 import argparse
+import dataclasses
 import json
 import time
 from collections import defaultdict
@@ -45,6 +46,7 @@ def random_masks(model: Any, seed: int) -> sk.Plan:
 
 
 FIXED: dict[str, Any] = {"mask_update_steps": 0, "masked_decay": 0.0}
+LAST_THIRD: dict[str, Any] = {"quantise_ratio": 1 / 3, "mask_freeze_ratio": 1 / 3}
 ROWS: dict[str, dict[str, Any]] = {
     "ast": {},
     "ast + slorb": {"slorb_group": 16},
@@ -61,12 +63,16 @@ ROWS: dict[str, dict[str, Any]] = {
     "decay of the paper": {"masked_decay_kind": "paper"},
     "no decay": {"masked_decay": 0.0},
     "no hysteresis": {"hysteresis": 0.0},
+    "hysteresis 0.05": {"hysteresis": 0.05},
+    "hysteresis 0.6": {"hysteresis": 0.6},
+    "temperature 1": {"temperature": 1.0},
     "no freeze": {"mask_freeze_ratio": 0.0},
     "KL alone": {"kd_weight": 1.0},
     "reverse KL": {"kd_kind": "reverse_kl"},
     "square head": {"square_head_weight": 0.1},
     "int4 in training": {"format": "semi24_int4"},
     "int4 in training + slorb": {"format": "semi24_int4", "slorb_group": 16},
+    "int4 in the last third + slorb": LAST_THIRD | {"format": "semi24_int4", "slorb_group": 16},
 }
 """Row -> what it changes of `sk.AST`'s defaults. "dense" stands beside them. A start may be made of model and seed."""
 
@@ -76,6 +82,17 @@ ONE_SHOT: dict[str, Any] = {
     "magnitude one shot": sk.Magnitude(),
 }
 """Row -> method without training; learning rate, steps and batch mean nothing to it."""
+
+
+def arguments_of(row: str) -> dict[str, Any]:
+    """Return all arguments of AST that a row runs with, those that it leaves at their defaults as well."""
+    if row not in ROWS:
+        return {}
+    own = {name: value.__name__ if callable(value) else value for name, value in ROWS[row].items()}
+    given = {known.name for known in dataclasses.fields(TrainingArguments)}
+    known = {name: value for name, value in ROWS[row].items() if not callable(value)}
+    fields = ASTConfig(output_dir="unused", max_steps=1, **known).own_fields()
+    return {name: value for name, value in (fields | own).items() if name not in given}
 
 
 def train_dense_(model: Any, chunks: list[Tensor], args: TrainingArguments) -> None:
@@ -131,6 +148,7 @@ def run(
             "batch": options.batch,
             "tokens": options.steps * options.batch * case.chunk,
             "split": split,
+            "arguments": arguments_of(row),
             "bf16": options.bf16,
             "perplexity": found.value,
             "seconds": seconds,
@@ -141,17 +159,19 @@ def run(
     return rows
 
 
-KEY = ("model", "row", "seed", "learning_rate", "steps", "batch", "bf16")
+GROUP = ("model", "row", "steps", "batch", "bf16", "arguments")
+KEY = (*GROUP, "seed", "learning_rate")
 
 
 def table(rows: list[dict[str, Any]]) -> Report:
     """Return, for each model, budget and row, the mean and spread over seeds at the row's best learning rate."""
-    runs: dict[tuple[Any, ...], dict[float, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    runs: dict[str, dict[float, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
-        group = tuple(row[name] for name in ("model", "split", "tokens", "row"))
+        group = json.dumps([row[name] for name in ("model", "split", "tokens", "row", *GROUP)])
         runs[group][row["learning_rate"]][row["seed"]] = row["perplexity"]
     report = Report("Perplexity after training, each row at its own best learning rate")
-    for (model, split, tokens, row), rates in sorted(runs.items()):
+    for group, rates in sorted(runs.items()):
+        model, split, tokens, row = json.loads(group)[:4]
         shared = set.intersection(*(set(seeds) for seeds in rates.values()))
         best = min(rates, key=lambda rate: mean(rates[rate][seed] for seed in shared or rates[rate]))
         found = list(rates[best].values())
@@ -201,7 +221,7 @@ def main() -> None:
         for seed in options.seeds if case.model in options.models else ():
             for row in options.rows:
                 for rate in options.learning_rates:
-                    asked = (case.model, row, seed, rate, options.steps, options.batch, options.bf16)
+                    asked = (case.model, row, options.steps, options.batch, options.bf16, arguments_of(row), seed, rate)
                     done = {found["split"] for found in rows if tuple(found[name] for name in KEY) == asked}
                     if left := [split for split in has if split not in done]:
                         rows += run(case, options.data, row, options, seed, rate, left)
