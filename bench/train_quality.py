@@ -167,7 +167,7 @@ def table(rows: list[dict[str, Any]]) -> Report:
     """Return, for each model, budget and row, the mean and spread over seeds at the row's best learning rate."""
     runs: dict[str, dict[float, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
-        group = json.dumps([row[name] for name in ("model", "split", "tokens", "row", *GROUP)])
+        group = json.dumps([row.get(name) for name in ("model", "split", "tokens", "row", *GROUP)])
         runs[group][row["learning_rate"]][row["seed"]] = row["perplexity"]
     report = Report("Perplexity after training, each row at its own best learning rate")
     for group, rates in sorted(runs.items()):
@@ -222,7 +222,7 @@ def main() -> None:
             for row in options.rows:
                 for rate in options.learning_rates:
                     asked = (case.model, row, options.steps, options.batch, options.bf16, arguments_of(row), seed, rate)
-                    done = {found["split"] for found in rows if tuple(found[name] for name in KEY) == asked}
+                    done = {found["split"] for found in rows if tuple(found.get(name) for name in KEY) == asked}
                     if left := [split for split in has if split not in done]:
                         rows += run(case, options.data, row, options, seed, rate, left)
     table(rows).print()
