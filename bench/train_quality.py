@@ -47,6 +47,7 @@ def random_masks(model: Any, seed: int) -> sk.Plan:
 
 FIXED: dict[str, Any] = {"mask_update_steps": 0, "masked_decay": 0.0}
 LAST_THIRD: dict[str, Any] = {"quantise_ratio": 1 / 3, "mask_freeze_ratio": 1 / 3}
+LAST_HALF: dict[str, Any] = {"quantise_ratio": 0.5, "mask_freeze_ratio": 0.5}
 ROWS: dict[str, dict[str, Any]] = {
     "ast": {},
     "ast + slorb": {"slorb_group": 16},
@@ -72,6 +73,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "square head": {"square_head_weight": 0.1},
     "int4 in training": {"format": "semi24_int4"},
     "int4 in training + slorb": {"format": "semi24_int4", "slorb_group": 16},
+    "int4 in the last half + slorb": LAST_HALF | {"format": "semi24_int4", "slorb_group": 16},
     "int4 in the last third + slorb": LAST_THIRD | {"format": "semi24_int4", "slorb_group": 16},
 }
 """Row -> what it changes of `sk.AST`'s defaults. "dense" stands beside them. A start may be made of model and seed."""
