@@ -27,7 +27,7 @@ def record(benchmark: str, result: dict[str, Any], path: Path | None = None) -> 
     row = {
         "benchmark": benchmark,
         **result,
-        "command": shlex.join([script, *sys.argv[1:]]),
+        "command": shlex.join([script, *map(_without_place, sys.argv[1:])]),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         **facts,
     }
@@ -38,6 +38,11 @@ def record(benchmark: str, result: dict[str, Any], path: Path | None = None) -> 
         file.write(line + "\n")
     print(line)
     return row
+
+
+def _without_place(word: str) -> str:
+    """Return an argument, an absolute path by its last part alone: where it lay means nothing on another machine."""
+    return Path(word).name if Path(word).is_absolute() else word
 
 
 def _path(facts: dict[str, Any]) -> Path:

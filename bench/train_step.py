@@ -13,13 +13,13 @@ its start, each side in a process of its own. One row goes to bench/results.
 import argparse
 import copy
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -127,7 +127,7 @@ def peak_memory(side: str, options: argparse.Namespace) -> int:
 
 
 def run_alone(side: str, options: argparse.Namespace) -> None:
-    start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = memory("VmRSS")
     with tempfile.TemporaryDirectory() as folder:
         model = llama(options)
         step = stepper(trainer_of(side, model, chunks_for(options), options, folder))
@@ -136,7 +136,13 @@ def run_alone(side: str, options: argparse.Namespace) -> None:
     if torch.cuda.is_available():
         print(torch.cuda.max_memory_allocated())
     else:
-        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) * 1024)
+        print(memory("VmHWM") - start)
+
+
+def memory(which: str) -> int:
+    """Return bytes of this process: "VmRSS" now, or "VmHWM" at most; `getrusage` would count the parent's peak, too."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(which)).split()[1])
 
 
 def chunks_for(options: argparse.Namespace) -> list[Tensor]:

@@ -1,5 +1,6 @@
 """All that a method decided about one model; the only thing that crosses from training to inference."""
 
+import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, field, fields
@@ -271,6 +272,16 @@ class Plan:
         total = sum(mask.shape[0] * mask.shape[1] for mask in self.masks.values())
         removed = sum(mask.sparsity * mask.shape[0] * mask.shape[1] for mask in self.masks.values())
         return (removed - sum(branch.num_numbers for branch in self.side.values())) / max(total, 1)
+
+    def digest(self) -> str:
+        """Return a hash of the masks, and of the orders of inputs that they refer to."""
+        digest = hashlib.sha256()
+        for name in sorted(self.masks):
+            mask, order = self.masks[name], self.perms.get(name)
+            digest.update(f"{name} {mask.pattern} {mask.shape}".encode())
+            digest.update(mask.bits.cpu().numpy().tobytes())
+            digest.update(b"" if order is None else order.order.cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, its JSON header holding everything that is not a tensor."""

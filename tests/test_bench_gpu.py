@@ -305,3 +305,12 @@ def test_without_a_gpu_a_stage_says_so(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="--dry-run"):
         machine.open_machine("a stage")
+
+
+def test_rows_say_their_command_without_the_places_of_a_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "sys.argv", [str(tmp_path / "bench.py"), "--data", str(tmp_path / "some data"), "--rows", "a/b"]
+    )
+    row = module("record").record("x", {"value": 1}, tmp_path / "rows.jsonl")
+    assert row["command"] == "bench.py --data 'some data' --rows a/b"
+    assert str(tmp_path) not in (tmp_path / "rows.jsonl").read_text()

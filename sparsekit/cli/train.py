@@ -1,6 +1,8 @@
 """`sparsekit train ast`."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from sparsekit.methods.base import holds_pattern
 from sparsekit.nn.side_columns import SideColumns
 from sparsekit.report import Report
 from sparsekit.targets import find_targets, weight_NK
+from sparsekit.train.trainer import last_checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,14 @@ class TrainOptions:
             raise ValueError("OUT is MODEL: name another folder, so that the dense weights stay")
         need_writable(self.out, "OUT")
         need_writable(self.checkpoints, "--checkpoints")
+        earlier = last_checkpoint(self.checkpoints)
+        if self.resume and earlier is None:
+            raise ValueError(f"--resume: {self.checkpoints} holds no complete checkpoint; leave it out to start anew")
+        if not self.resume and earlier is not None:
+            raise ValueError(
+                f"{self.checkpoints} holds checkpoints of an earlier run, the newest {earlier.name}: --resume goes on "
+                "with that run; to start anew delete the folder, or name another with --checkpoints DIR"
+            )
         if self.plot:
             refuse_without_matplotlib()
         need_model(self.model)
@@ -84,7 +95,8 @@ def run_train_ast(options: TrainOptions, output: Output) -> None:
         quality.rows.append({"model": "dense", "perplexity": found.value, "tokens": found.num_tokens})
     with TrainingView(trainer, output.console, output.progress) as view:
         trainer.add_callback(view)
-        trainer.train(resume_from_checkpoint=options.resume)
+        with said_how_to_go_on(options):
+            trainer.train(resume_from_checkpoint=options.resume)
     trained = TrainedModel(trainer.trained_model(), trainer.plan(), Path(options.out), tokenizer, dtype)
     if not trainer.is_world_process_zero():
         return
@@ -99,6 +111,19 @@ def run_train_ast(options: TrainOptions, output: Output) -> None:
             trained.draw(trainer.freeze_step)
         if options.bench:
             trained.time(output)
+    if last_checkpoint(options.checkpoints) is not None:
+        output.say(f"{options.checkpoints} holds the run's checkpoints, for --resume; nothing else needs them")
+
+
+@contextmanager
+def said_how_to_go_on(options: TrainOptions) -> Iterator[None]:
+    """Whatever ends training early, tell from where the run can go on."""
+    try:
+        yield
+    except BaseException as error:
+        if (newest := last_checkpoint(options.checkpoints)) is not None:
+            error.add_note(f"the same command with --resume goes on from {newest}")
+        raise
 
 
 def make_config(options: TrainOptions, model: Any) -> Any:
@@ -117,6 +142,7 @@ def make_config(options: TrainOptions, model: Any) -> Any:
         raise ValueError(f"--steps {config.max_steps}: at least 1")
     if options.eval_dataset and config.eval_strategy == "no":
         config.eval_strategy, config.eval_steps = "steps", max(1, config.max_steps // 8)
+        config.eval_on_start = not options.resume  # what the first mask costs
     if "logging_steps" not in fields:
         config.logging_steps = max(1, config.max_steps // 50)
     return config
@@ -151,6 +177,8 @@ def beginning(trainer: Any, options: TrainOptions, packs: bool) -> list[str]:
         f"{_evaluations(args)}; masks stay from step {freezes_at:,} on",
         saves if args.save_strategy == "steps" else f"checkpoints: {args.save_strategy}",
     ]
+    if Path(options.out).is_dir() and any(Path(options.out).iterdir()):
+        lines.append(f"{options.out} exists: the model there will be replaced at the end")
     if options.packed and not packs:
         lines.append(
             f"no packed format holds {args.pattern} weights: the result will be saved dense, with zeros, and be no "

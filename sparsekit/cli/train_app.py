@@ -40,7 +40,9 @@ def train_ast(
     gradient_accumulation_steps: Annotated[int, typer.Option(help="Batches in a step.")] = 1,
     gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, more time.")] = False,
     max_seq_length: MaxSeqLength = 2048,
-    start: Annotated[str, typer.Option(help="First mask: magnitude, wanda, sparsegpt, ria or alps.")] = "sparsegpt",
+    start: Annotated[
+        str, typer.Option("--start-from", "--start", help="First mask: magnitude, wanda, sparsegpt, ria or alps.")
+    ] = "sparsegpt",
     kd_weight: Annotated[float, typer.Option(help="Weight of distillation; 0 for no teacher.")] = 2 / 3,
     temperature: Temperature = 2.0,
     teacher_cache: Annotated[

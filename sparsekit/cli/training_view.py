@@ -68,7 +68,10 @@ class TrainingView(TrainerCallback):
         if self._console is not None and self._live is None:
             shown = (f"{heading} {show(entry[key])}" for key, heading in COLUMNS.items() if key in entry)
             self._console.print(
-                f"step {state.global_step}/{state.max_steps}  " + "  ".join(shown), markup=False, highlight=False
+                f"step {state.global_step}/{state.max_steps}  " + "  ".join(shown),
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
             )
         self._update(state)
 

@@ -6,6 +6,7 @@ loss, the first mask and the low-rank branches. Masks change after an optimizer 
 accumulation and gradient checkpointing see one mask, and every rank chooses the same.
 """
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -92,6 +93,15 @@ class ASTTrainer(SparseTrainer):
                 "(fsdp_config={'version': 2}) or DDP"
             )
         self.layer_names = list(layers)
+        frozen = [name for name, layer in layers.items() if not layer.get_parameter("weight").requires_grad]
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError(
+                "model: all of its parameters are frozen, so nothing can learn: model.requires_grad_(True)"
+            )
+        if frozen:
+            self.notes.append(
+                f"{len(frozen)} layers are frozen, as {frozen[0]}: masked, but neither weights nor masks learn there"
+            )
         self.teacher: Teacher | None = None
         if args.needs_teacher:
             if teacher is model:
@@ -305,7 +315,7 @@ class ASTTrainer(SparseTrainer):
                     f"lr_scheduler_type={args.lr_scheduler_type!r} is not known in advance, which masked_decay='auto' "
                     "needs: give masked_decay as a number, or take a schedule such as 'cosine'"
                 )
-            peak = peak_for(self._learning_rate, warmup, self.freeze_step)
+            peak = peak_for(self._learning_rate, warmup, self.freeze_step, self.state.max_steps)
         else:
             peak = FOLLOW
         self._decay = MaskedDecay(peak, warmup)
@@ -469,6 +479,8 @@ class ASTTrainer(SparseTrainer):
         state = self.accelerator.get_state_dict(self.model_wrapped)
         whole: Any = type(model)
         whole = whole(model.config)
+        if hasattr(model, "generation_config"):
+            whole.generation_config = copy.deepcopy(model.generation_config)
         for name, branch in self.plan().side.items():
             install_side_(whole, name, branch)
         if self.is_world_process_zero():
@@ -476,14 +488,20 @@ class ASTTrainer(SparseTrainer):
         return whole
 
     def plan(self) -> Plan:
-        """Return the masks, branches and scales as they are now, on every rank."""
+        """Return the masks, branches and scales as they are now, on every rank.
+
+        Raises:
+            ValueError: training has not begun.
+        """
+        if self.optimizer is None:
+            raise ValueError("there is no mask yet: call train() first")
         model, samples = self.accelerator.unwrap_model(self.model), self.train_samples
         masks = {name: Mask(self.args.pattern, keep) for name, keep in self.masked_optimizer.keep().items()}
         made_by = MadeBy(
             method=self.args.method,
             config=self.args.own_fields(),
             base_model=str(getattr(model.config, "_name_or_path", "") or type(model).__name__),
-            data_digest="" if samples is None else samples.digest(),
+            data_digest="" if samples is None else samples.digest,
             num_samples=0 if samples is None else len(samples),
             sample_length=0 if samples is None else max(len(sample["input_ids"]) for sample in samples.samples),
             seed=self.args.seed,

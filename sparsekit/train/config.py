@@ -11,6 +11,7 @@ import torch
 from transformers import TrainingArguments
 
 from sparsekit.patterns import NM, parse_pattern
+from sparsekit.plan import Plan
 from sparsekit.registry import nearest
 
 DIGEST_FIELDS = (
@@ -33,6 +34,7 @@ DIGEST_FIELDS = (
     "average_tokens_across_devices",
     "bf16",
     "fp16",
+    "neftune_noise_alpha",
 )
 """Fields of `TrainingArguments` that change the result of a run."""
 
@@ -106,7 +108,9 @@ class SparseTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"label_smoothing_factor={self.label_smoothing_factor}: the loss here has none; leave it out"
             )
-        if not str(getattr(self.optim, "value", self.optim)).startswith("adamw_torch"):
+        if self.max_grad_norm is None:
+            raise ValueError("max_grad_norm=None: a number, or 0 to leave gradients as they are")
+        if str(getattr(self.optim, "value", self.optim)) not in ("adamw_torch", "adamw_torch_fused"):
             raise ValueError(f"optim={self.optim!r}: masked weights are trained by an AdamW of their own; leave it out")
 
     @property
@@ -170,6 +174,8 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(each) for key, each in value.items()}
     if value is None or isinstance(value, bool | int | float | str):
         return str(value) if isinstance(value, str) else value
+    if isinstance(value, Plan):
+        return f"Plan {value.digest()}"
     return str(value) if isinstance(value, Path) else getattr(value, "__name__", type(value).__name__)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -44,8 +45,9 @@ class TokenSamples(Dataset[Sample]):
             key: value.long() if value.dtype in _NARROW and key in _WIDE else value for key, value in sample.items()
         }
 
+    @cached_property
     def digest(self) -> str:
-        """Return a hash of all samples, in their order, whatever dtype they are held in."""
+        """Hash of all samples, in their order, whatever dtype they are held in."""
         digest = hashlib.sha256()
         for sample in self.samples:
             for key in ("input_ids", "labels"):

@@ -39,11 +39,14 @@ class Draw:
         kappa: factor of the logits; the larger, the less often is another than the likeliest drawn.
         tau: temperature of the softmax; the smaller, the nearer to 0 and 1 are masks.
         key: whole numbers that name this forward: the same key, the same noise.
+        keeps_energy: whether layers keep their energy, with its graph. Not where a forward is repeated in the backward
+            (gradient checkpointing): nobody would take it, and all that it hangs on would stay in memory.
     """
 
     kappa: float = 1.0
     tau: float = 1.0
     key: tuple[int, ...] = (0,)
+    keeps_energy: bool = False
 
     def seed(self, layer: int) -> int:
         """Return the seed of one layer's noise, unlike that of any other layer or key."""
@@ -166,7 +169,8 @@ class DrawnMaskLinear(nn.Linear):
 
     Attributes:
         mask_logits: parameter, fp32 [N, ceil(K / M), C].
-        energy: sum (mask * W)^2 of the last training forward, with gradient; read it with `take_energy`.
+        energy: sum (mask * W)^2 of the last training forward, with gradient, where the draw keeps it; read it with
+            `take_energy`.
     """
 
     mask_logits: nn.Parameter
@@ -198,7 +202,7 @@ class DrawnMaskLinear(nn.Linear):
         device = input.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
         draw = self.draw
-        out, self.energy = _SoftlyMaskedLinear.apply(
+        out, energy = _SoftlyMaskedLinear.apply(
             input.to(dtype),
             self.mask_logits,
             self.weight,
@@ -208,6 +212,7 @@ class DrawnMaskLinear(nn.Linear):
             draw.tau,
             draw.seed(self.index),
         )
+        self.energy = energy if draw.keeps_energy else None
         return out
 
     def take_energy(self) -> Tensor | None:

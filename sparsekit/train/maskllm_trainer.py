@@ -184,7 +184,9 @@ class MaskLLMTrainer(SparseTrainer):
             if self.teacher is not None:
                 with self.accelerator.autocast():
                     taught = self.teacher.outputs(batch)
+        self._draw.keeps_energy = learns
         outputs = model(**batch, use_cache=False)
+        self._draw.keeps_energy = False
         loss = distillation_loss(
             outputs.logits,
             taught,
@@ -261,7 +263,7 @@ class MaskLLMTrainer(SparseTrainer):
             method=args.method,
             config=args.own_fields(),
             base_model=str(getattr(model.config, "_name_or_path", "") or type(model).__name__),
-            data_digest="" if samples is None else samples.digest(),
+            data_digest="" if samples is None else samples.digest,
             num_samples=0 if samples is None else len(samples),
             sample_length=0 if samples is None else max(len(sample["input_ids"]) for sample in samples.samples),
             seed=args.seed,

@@ -65,8 +65,8 @@ class MaskedAdamW(torch.optim.Optimizer):
     A group with `masked=True` holds weights of linear layers, and beside `params` the lists `names` and `transposed`
     (True for the [K, N] weights of `Conv1D`). State of a masked parameter: `dense` fp32, `flags` uint8, `exp_avg`,
     `exp_avg_sq`, `step`, of the parameter's shape and sharding. Plain parameters of 16 bits have a `dense` too: a step
-    is often smaller than their last bit. A group with the list `branch` holds plain parameters of branches beside
-    masked weights, which `rewrite` sees and writes, too; the list names them, as "<name of the layer>.side_S".
+    is often smaller than their last bit. So have those of a group with the list `branch`: plain parameters of branches
+    beside masked weights, which `rewrite` sees and writes, too; the list names them, as "<name of the layer>.side_S".
 
     Args:
         groups: parameter groups; options as below can be given for each.
@@ -275,10 +275,13 @@ class MaskedAdamW(torch.optim.Optimizer):
         return state
 
     def _step_plain(self, group: dict[str, Any], parameter: Tensor, gradient: Tensor) -> None:
-        local, is_rewritten = local_part(parameter.detach()), self.rewrite is not None and "branch" in group
-        if parameter.dtype.itemsize >= 4 and not is_rewritten:
+        local, in_branch = local_part(parameter.detach()), "branch" in group
+        if parameter.dtype.itemsize >= 4 and not in_branch:
             self._adam(group, parameter, local, gradient.to(local.dtype))
             return
+        # Branches have their dense values from the first step on, though only `rewrite` needs them: a checkpoint of
+        # sharded parameters can be read into states alone that a new optimizer has after one step.
+        is_rewritten = in_branch and self.rewrite is not None
         dense = local_part(self._dense(parameter)) if is_rewritten else self._caught_up(parameter)
         self._adam(group, parameter, dense, gradient.float())
         local.copy_(dense)

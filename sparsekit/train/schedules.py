@@ -47,18 +47,20 @@ def begun_anew(rates: Callable[[int], float], start: int, end: int, peak: float)
     return rate
 
 
-def peak_for(learning_rates: Callable[[int], float], warmup_steps: int, end: int) -> float:
+def peak_for(learning_rates: Callable[[int], float], warmup_steps: int, end: int, num_steps: int) -> float:
     """Return the peak at which weights decay by `DECAYED_BY` between `warmup_steps` and `end`.
 
-    It is lower where a single step would overshoot: learning rate times lambda stays at most one half.
+    It is lower where a single step would overshoot: learning rate times lambda stays at most one half in the whole run.
 
     Args:
         learning_rates: step -> learning rate.
         end: step at which masks freeze, or training ends.
+        num_steps: of the whole run; weights are pulled after `end`, too.
     """
-    rates = [learning_rates(step) for step in range(min(warmup_steps, max(end - 1, 0)), max(end, 1))]
-    total, highest = sum(rates), max(rates)
-    return min(DECAYED_BY / total, 0.5 / highest) if total > 0 else 0.0
+    total = sum(learning_rates(step) for step in range(min(warmup_steps, max(end - 1, 0)), max(end, 1)))
+    share = MaskedDecay(1.0, warmup_steps)
+    highest = max(learning_rates(step) * share(step) for step in range(max(num_steps, 1)))
+    return min((limit / most for limit, most in ((DECAYED_BY, total), (0.5, highest)) if most > 0), default=0.0)
 
 
 def from_the_first_step(rates: Callable[[int], float]) -> Callable[[int], float]:

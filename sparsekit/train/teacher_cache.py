@@ -250,7 +250,9 @@ def _digest(input_ids: Tensor) -> np.ndarray:
 def _read_description(folder: Path) -> dict[str, Any]:
     path = folder / "teacher.json"
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing: {folder} is no teacher cache, write_teacher_cache makes one")
+        raise CheckpointError(
+            f"{path} is missing: {folder} is no teacher cache, `sparsekit train cache` or write_teacher_cache makes one"
+        )
     try:
         description = json.loads(path.read_text())
         version = description["format"]

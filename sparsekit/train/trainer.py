@@ -294,7 +294,7 @@ class SparseTrainer(Trainer):
 
     def _made_by(self) -> dict[str, Any]:
         """Return all that the result of a run follows from."""
-        data = self.train_samples.digest() if self.train_samples is not None else ""
+        data = self.train_samples.digest if self.train_samples is not None else ""
         return {**self.args.own_fields(), "num_processes": self.args.world_size, "data": data}
 
 

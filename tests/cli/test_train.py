@@ -43,7 +43,8 @@ def test_a_run_ends_packed_saved_timed_and_drawn(tiny_model, text, tmp_path):
     assert [row["model"] for row in document["quality"]["rows"]] == ["dense", "sparse"]
     losses = [entry for entry in document["training"] if "loss" in entry]
     assert {"kd_loss", "ce_loss", "masked_decay"} <= set(losses[-1])
-    assert any("eval_perplexity" in entry for entry in document["training"])
+    evaluated = [entry["step"] for entry in document["training"] if "eval_perplexity" in entry]
+    assert evaluated == [0, 1, 2, 3, 4], "the first mask alone, then every step"
     assert "1 process × 2 samples × 1 accumulated × 16 tokens = 32 tokens a step; 4 steps; 128 tokens" in result.stdout
     assert "an evaluation every step;" in result.stdout and "a checkpoint every 500 steps" in result.stdout
     assert "step 4/4" in result.stdout and "perplexity" in result.stdout
@@ -74,8 +75,13 @@ def test_a_run_is_resumed(tiny_model, text, tmp_path, monkeypatch):
     logged = []
     monkeypatch.setattr("transformers.trainer.logger.warning", logged.append)
     words = [tiny_model, tmp_path / "out", "--dataset", text, *SMALL, "--no-bench", "--no-plot", "--save-steps", 2]
+    none = run("train", "ast", *words, "--steps", 4, "--checkpoints", tmp_path / "whole", "--resume")
+    assert none.exit_code == 2 and "holds no complete checkpoint; leave it out" in none.stderr
     whole = run("train", "ast", *words, "--steps", 4, "--checkpoints", tmp_path / "whole")
     assert whole.exit_code == 0, whole.stderr
+    assert f"{tmp_path / 'whole'} holds the run's checkpoints" in whole.stderr + whole.stdout
+    anew = run("train", "ast", *words, "--steps", 4, "--checkpoints", tmp_path / "whole")
+    assert anew.exit_code == 2 and "an earlier run, the newest checkpoint-4: --resume goes on" in anew.stderr
     first = load_file(tmp_path / "out" / "model.safetensors")
     (tmp_path / "half").mkdir()
     (tmp_path / "whole" / "checkpoint-2").rename(tmp_path / "half" / "checkpoint-2")
@@ -88,6 +94,18 @@ def test_a_run_is_resumed(tiny_model, text, tmp_path, monkeypatch):
     assert finished.exit_code == 0 and "checkpoint-4 is already at step 4 of 4" in finished.stderr
     other = run("train", "ast", *words, "--steps", 5, "--checkpoints", tmp_path / "half", "--resume")
     assert other.exit_code == 1 and "max_steps was 4, is 5" in other.stderr and "docs/training.md" in other.stderr
+
+
+def test_an_interrupted_run_says_how_to_go_on(tiny_model, text, tmp_path, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "out-checkpoints"
+    words = ["train", "ast", tiny_model, tmp_path / "out", "--dataset", text, *SHORT]
+    assert run(*words).exit_code == 0
+    monkeypatch.setattr("sparsekit.train.ast_trainer.ASTTrainer.train", interrupted)
+    result = run(*words, "--resume")
+    assert result.exit_code == 130 and f"--resume goes on from {folder / 'checkpoint-2'}" in result.stderr
 
 
 MISTAKES = [

@@ -16,6 +16,7 @@ from sparsekit.masks import Mask
 from sparsekit.patterns import NM, Unstructured
 from sparsekit.plan import Plan
 from sparsekit.targets import weight_NK
+from sparsekit.train import ast_trainer
 from sparsekit.train.ast_trainer import ASTTrainer
 from sparsekit.train.trainer import TrainingDiverged, last_checkpoint
 
@@ -182,6 +183,19 @@ def test_accumulated_steps_are_those_of_one_large_batch(llama, tokens, ast):
     assert found[0][1].masks == found[1][1].masks
     for one, two in zip(found[0][2].parameters(), found[1][2].parameters(), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-2, atol=2e-4)
+
+
+def test_the_distance_of_hidden_states_counts_once_in_accumulated_steps(llama, tokens, ast):
+    """It is relative to a batch's own hidden states, so that parts of a batch give nearly the same, not the same."""
+    found = []
+    for batch, accumulate in ((6, 1), (2, 3)):
+        sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulate}
+        trainer = ASTTrainer(llama(), ast(**sizes, max_steps=1, square_head_weight=3.0), tokens())
+        trainer.train()
+        found.append(trainer.state.log_history[0])
+    assert 3.0 * found[0]["hidden_loss"] > 0.05 * found[0]["loss"], "it must be seen if it counts three times"
+    assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=0.02)
+    assert found[0]["hidden_loss"] == pytest.approx(found[1]["hidden_loss"], rel=0.1)
 
 
 # --- masks ----------------------------------------------------------------------------------------------------------
@@ -445,7 +459,7 @@ def test_a_plan_is_a_start(llama, tokens, ast):
     trainer = ASTTrainer(model, ast(start=Plan(masks), mask_update_steps=0), tokens())
     trainer.train()
     assert trainer.plan().masks == masks
-    assert trainer.plan().made_by.config["start"] == "Plan"
+    assert trainer.plan().made_by.config["start"] == f"Plan {Plan(masks).digest()}"
 
 
 def test_a_plan_that_does_not_fit_is_refused(llama, tokens, ast):
@@ -510,6 +524,45 @@ def test_a_branch_starts_nearer_to_the_teacher(llama, tokens, ast):
         trainer.train()
         losses[init] = trainer.state.log_history[0]["kd_loss"]
     assert 0 < losses["svd"] < losses["data"] < losses[None]
+
+
+def test_a_branch_is_fitted_to_what_the_start_left_undone(llama, tokens, ast, monkeypatch):
+    """SparseGPT's kept weights do a part of the removed ones' work, which the branch need not do again."""
+    fit, seen = ast_trainer.fit_side, []
+    monkeypatch.setattr(ast_trainer, "fit_side", lambda lack, *args, **kw: seen.append(lack) or fit(lack, *args, **kw))
+    model = llama()
+    dense = {name: weight_NK(layer).clone() for name, layer in masked_layers(model).items()}
+    trainer = ASTTrainer(model, ast(start="sparsegpt", slorb_group=4, slorb_init="mean"), tokens())
+    trainer._before_training(None)
+    assert len(seen) == len(dense)
+    for (name, original), lack in zip(dense.items(), seen, strict=True):
+        keep = trainer._first_keep[name]
+        assert torch.equal(lack[~keep], original[~keep]), name
+        assert torch.equal(lack[keep], (original - weight_NK(model.get_submodule(name)))[keep]), name
+        assert lack[keep].any(), name
+
+
+def test_frozen_layers_are_said_and_a_frozen_model_is_refused(llama, tokens, ast):
+    model = llama()
+    names = list(masked_layers(model))
+    model.get_submodule(names[2]).weight.requires_grad_(False)
+    trainer = ASTTrainer(model, ast(max_steps=2), tokens())
+    trainer.train()
+    assert f"1 layers are frozen, as {names[2]}: masked, but" in " ".join(trainer.plan().notes)
+    with pytest.raises(ValueError, match="model: all of its parameters are frozen.*requires_grad_"):
+        ASTTrainer(model.requires_grad_(False), ast(), tokens())
+
+
+def test_there_is_no_plan_before_training(llama, tokens, ast):
+    with pytest.raises(ValueError, match="no mask yet: call train"):
+        ASTTrainer(llama(), ast(), tokens()).plan()
+
+
+def test_masks_can_freeze_before_the_learning_rate_has_risen(llama, tokens, ast):
+    """lambda is chosen by the run's highest rate, not by those that come before."""
+    trainer = ASTTrainer(llama(), ast(max_steps=8, warmup_steps=6, mask_freeze_ratio=1.0), tokens())
+    trainer.train()
+    assert all(math.isfinite(line["loss"]) for line in trainer.state.log_history if "loss" in line)
 
 
 def test_a_layer_too_small_for_a_branch_is_named(llama, tokens, ast):
@@ -668,7 +721,7 @@ def test_layers_can_be_chosen_by_functions_and_the_arguments_still_be_written_do
 
 def test_arguments_fit_into_json_whatever_they_hold(ast):
     fields = ast(start=Plan(), targets=[lambda module, name: True]).to_dict()
-    assert json.loads(json.dumps(fields))["start"] == "Plan"
+    assert json.loads(json.dumps(fields))["start"] == f"Plan {Plan().digest()}"
     assert fields["learning_rate"] == 2e-2
     assert ast().from_dict({"max_steps": 3, "output_dir": "x"}).max_steps == 3
     with pytest.raises(ValueError, match="'max_step'.*max_steps"):

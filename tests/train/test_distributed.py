@@ -14,6 +14,8 @@ from torch.distributed.tensor import DTensor
 
 import sparsekit as sk
 from sparsekit.errors import NonFiniteError, Unsupported
+from sparsekit.nn.side import install_side_
+from sparsekit.plan import SideBranch
 from sparsekit.train.ast_config import ASTConfig
 from sparsekit.train.ast_trainer import ASTTrainer
 
@@ -24,9 +26,10 @@ FULL = {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "FULL_STA
 SHARDED = {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}}
 BRANCHES = {"slorb_group": 16, "slorb_init": "data", "slorb_train_x": True, "weight_decay": 0.1}
 MICRO_BATCHES = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1, "gradient_checkpointing": True}
+ROUNDING = {"format": "semi24_int4", "quantise_ratio": 0.5, "mask_freeze_ratio": 0.5}
 FOLLOWING = {"masked_decay_kind": "gradient", "start": "sparsegpt"}
 
-BF16 = "fsdp, bf16"
+BF16, HIDDEN = "fsdp, bf16", "ddp, hidden states"
 RUNS = {
     "ddp": ({}, {}),
     "ddp, micro-batches, branches": ({}, {**MICRO_BATCHES, **BRANCHES}),
@@ -36,8 +39,14 @@ RUNS = {
 """Name -> how the run is spread, what is run."""
 
 
-RUNS_IN_TWO = {**RUNS, BF16: (FULL, {"bf16": True, **BRANCHES})}
-"""With those that one process does not do to the bit: sharded, weights are cast to bf16 before they are multiplied."""
+ROUNDED = {
+    "fsdp, whole state, rounded": (FULL, {**BRANCHES, **ROUNDING}),
+    "fsdp, sharded state, rounded": (SHARDED, {**BRANCHES, **ROUNDING}),
+}
+RUNS_IN_TWO = {**RUNS, BF16: (FULL, {"bf16": True, **BRANCHES}), HIDDEN: ({}, {"square_head_weight": 3.0}), **ROUNDED}
+"""With those that one process does not do to the bit: sharded, weights are cast to bf16 before they are multiplied; the
+distance of hidden states is relative to a batch's own; and what lies between two numbers of a grid goes to either.
+`ROUNDED` ones are saved after rounding began."""
 
 
 def llama():
@@ -112,7 +121,8 @@ def outcome(trainer):
         "losses": losses,
         "masks": {name: mask.keep for name, mask in plan.masks.items()},
         "side": {name: (branch.S, branch.X) for name, branch in plan.side.items()},
-        "statistics": vars(trainer.mask_statistics),
+        "scales": plan.scales,
+        "statistics": trainer.mask_statistics and vars(trainer.mask_statistics),
         "weights": {name: value.detach().clone() for name, value in model.state_dict().items()},
         "sharded": sharded,
     }
@@ -202,6 +212,14 @@ def test_two_processes_train_what_one_does(ranks, tmp_path, name):
     assert_close(ranks[0][name], expected)
 
 
+def test_two_processes_see_the_distance_of_hidden_states_once(ranks, tmp_path):
+    trainer = ASTTrainer(llama(), arguments(tmp_path, 1, **RUNS_IN_TWO[HIDDEN][1], save_strategy="no"), tokens())
+    trainer.train()
+    first = trainer.state.log_history[0]
+    assert 3.0 * first["hidden_loss"] > 0.05 * first["loss"], "it must be seen if it counts twice"
+    assert ranks[0][HIDDEN]["losses"][0][1] == pytest.approx(first["loss"], rel=0.02)
+
+
 @pytest.mark.parametrize("resumed", ["", ", resumed"])
 @pytest.mark.parametrize("name", RUNS_IN_TWO)
 def test_all_ranks_hold_the_same(ranks, name, resumed):
@@ -218,17 +236,33 @@ def test_all_ranks_hold_the_same(ranks, name, resumed):
     assert one["losses"] == two["losses"] and one["statistics"] == two["statistics"]
     if "fsdp" not in name:
         assert all(torch.equal(value, two["weights"][key]) for key, value in one["weights"].items())
+    assert one["scales"].keys() == two["scales"].keys() == (one["masks"].keys() if name in ROUNDED else set())
+    assert all(torch.equal(scales, two["scales"][layer]) for layer, scales in one["scales"].items())
     for layer, keep in one["masks"].items():
-        assert torch.equal(one["weights"][f"{layer}.weight"] != 0, keep)
+        there = one["weights"][f"{layer}.weight"] != 0
+        assert not (there & ~keep).any()
+        assert name in ROUNDED or torch.equal(there, keep)
 
 
 @pytest.mark.parametrize("name", RUNS_IN_TWO)
 def test_resuming_changes_nothing(ranks, name):
     straight, resumed = ranks[0][name], ranks[0][f"{name}, resumed"]
     assert straight["losses"] == resumed["losses"]
-    for key in ("masks", "weights"):
+    for key in ("masks", "weights", "scales"):
         assert straight[key].keys() == resumed[key].keys()
         assert all(torch.equal(value, resumed[key][layer]) for layer, value in straight[key].items())
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_packing_what_two_processes_rounded_changes_nothing(ranks, name):
+    found = ranks[0][name]
+    model = llama()
+    for layer, (S, X) in found["side"].items():
+        install_side_(model, layer, SideBranch(S, X, BRANCHES["slorb_group"]))
+    model.load_state_dict(found["weights"])
+    sk.pack_(model, "semi24_int4", "reference", scales=found["scales"])
+    for key, value in sk.unpack_(model).state_dict().items():
+        assert torch.equal(value, found["weights"][key]), key
 
 
 def test_the_first_rank_decides(ranks):

@@ -246,7 +246,7 @@ def test_outputs_and_gradients_against_autograd_of_the_formula(n, m, K, N, lead,
     logits = initial_logits(
         pattern.project(torch.randn(N, K)), pattern, lean=0.01, std=0.01, generator=torch.Generator().manual_seed(0)
     )
-    layer = DrawnMaskLinear(linear, logits, pattern, Draw(120.0, 1.5, (3, 0)), index=2).train()
+    layer = DrawnMaskLinear(linear, logits, pattern, Draw(120.0, 1.5, (3, 0), keeps_energy=True), index=2).train()
     x = torch.randn(*lead, 2 * K, dtype=dtype)[..., ::2].requires_grad_()
     out = layer(x)
     energy = layer.take_energy()
@@ -301,7 +301,9 @@ def masked_linear(linear, pattern=None, **kwargs):
     pattern, linear = pattern or NM(2, 4), linear.requires_grad_(False)
     keep = pattern.project(weight_NK(linear).abs())
     logits = initial_logits(keep, pattern, lean=0.03, std=0.01, generator=torch.Generator().manual_seed(0))
-    return DrawnMaskLinear(linear, logits, pattern, Draw(100.0, 1.0), 0).train(kwargs.get("training", True))
+    return DrawnMaskLinear(linear, logits, pattern, Draw(100.0, 1.0, keeps_energy=True), 0).train(
+        kwargs.get("training", True)
+    )
 
 
 def test_in_eval_mode_the_likeliest_mask_counts_and_ties_go_to_the_first():
@@ -486,11 +488,18 @@ def test_resuming_with_other_arguments_names_them(tmp_path):
 def test_gradient_checkpointing_changes_nothing(tmp_path):
     runs = []
     for checkpointing in (False, True):
-        after = []
-        train(llama(), tmp_path, callbacks=[recorder(after)], gradient_checkpointing=checkpointing, learning_rate=1e-2)
+        after, kept = [], []
+        look = AtStepEnd(lambda state, model, kept=kept: kept.extend(energies_of(model)))
+        options = {"gradient_checkpointing": checkpointing, "learning_rate": 1e-2}
+        train(llama(), tmp_path, callbacks=[recorder(after), look], **options)
         runs.append(after[-1])
+        assert len(kept) >= 14 and all(energy is None for energy in kept), "a graph stays in memory"
     for name, logits in runs[0].items():
         assert torch.equal(logits, runs[1][name]), name
+
+
+def energies_of(model):
+    return [module.energy for module in model.modules() if isinstance(module, DrawnMaskLinear)]
 
 
 def test_micro_steps_add_up_to_one_batch(tmp_path, monkeypatch):

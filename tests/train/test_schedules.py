@@ -41,7 +41,7 @@ def what_is_left(rate, decay, steps):
 @pytest.mark.parametrize("start,end", [(250, 850), (0, 850), (250, 1000), (600, 700)])
 def test_the_peak_leaves_two_percent_of_what_stays_removed(rate, start, end):
     """Whatever the learning rates; a little less, for each step takes a share of what is left."""
-    decay = MaskedDecay(peak_for(rate, start, end), start)
+    decay = MaskedDecay(peak_for(rate, start, end, end), start)
     left = what_is_left(rate, decay, range(start, end))
     assert 0.9 * math.exp(-DECAYED_BY) < left < math.exp(-DECAYED_BY)
 
@@ -49,16 +49,25 @@ def test_the_peak_leaves_two_percent_of_what_stays_removed(rate, start, end):
 def test_the_peak_is_lower_where_a_step_would_overshoot():
     """With few steps left no step may take more than half, and what is left never changes its sign."""
     rate = cosine(1e-3, 2, 12)
-    peak = peak_for(rate, 8, 11)
-    assert max(rate(step) for step in range(8, 11)) * peak == pytest.approx(0.5)
+    peak = peak_for(rate, 8, 11, 12)
+    assert max(rate(step) * MaskedDecay(peak, 8)(step) for step in range(12)) == pytest.approx(0.5)
     assert 0 < what_is_left(rate, MaskedDecay(peak, 8), range(8, 11)) < 1
 
 
 @pytest.mark.parametrize("start,end", [(10, 10), (12, 10), (0, 0), (0, 1), (5, 1)])
 def test_the_peak_is_finite_where_there_are_no_steps_to_decay_in(start, end):
-    peak = peak_for(lambda step: 1e-3, start, end)
-    assert 0 < peak <= 0.5 / 1e-3
-    assert peak_for(lambda step: 0.0, start, end) == 0.0
+    peak = peak_for(lambda step: 1e-3, start, end, end)
+    assert 0 < peak
+    assert max((1e-3 * MaskedDecay(peak, start)(step) for step in range(end)), default=0) <= 0.5
+    assert peak_for(lambda step: 0.0, start, end, end) == 0.0
+
+
+@pytest.mark.parametrize("warmup,end", [(0, 0), (10, 0), (10, 1), (10, 5), (0, 1), (10, 40)])
+def test_no_step_of_the_run_overshoots_however_early_masks_freeze(warmup, end):
+    """Weights are pulled after the masks froze, too, and at rates that are higher than those before, in a warm-up."""
+    rate, num_steps = cosine(2e-2, 20, 40), 40
+    decay = MaskedDecay(peak_for(rate, warmup, end, num_steps), warmup)
+    assert 0 < max(rate(step) * decay(step) for step in range(num_steps)) <= 0.5
 
 
 @pytest.mark.parametrize("warmup", [1, 2, 5])

@@ -23,6 +23,8 @@ from sparsekit.train.trainer import is_complete
         ({"save_only_model": True}, "save_only_model"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1"),
         ({"optim": "adafactor"}, "optim="),
+        ({"optim": "adamw_torch_8bit"}, "optim="),
+        ({"max_grad_norm": None}, "max_grad_norm=None.*0 to leave"),
         ({"format": "semi24_int4", "quantise_ratio": 0.5, "mask_freeze_ratio": 0.1}, "quantise_ratio=0.5"),
     ],
 )
