@@ -35,16 +35,20 @@ class Costs:
         measure: "params", "flops" or "ns".
         curves: name of a width -> int64 [num_units + 1], the cost of keeping 0, 1, … units; not falling.
         fixed: what the rest of the model costs, whatever is cut.
+        added: what a method gave the widths' layers on top of that, and no choice takes back.
+        before: what all widths cost before the method added anything; None for what they cost now.
     """
 
     measure: str
     curves: dict[str, np.ndarray]
     fixed: int = 0
+    added: int = 0
+    before: int | None = None
 
     @property
     def dense(self) -> int:
-        """The cost of all widths as they are, without the rest of the model."""
-        return sum(int(curve[-1]) for curve in self.curves.values())
+        """The cost of all widths as they were, without the rest of the model."""
+        return sum(int(curve[-1]) for curve in self.curves.values()) if self.before is None else self.before
 
     def of(self, num_kept: Mapping[str, int]) -> int:
         """Return the cost of the widths where these keep so many units, and all others stay whole."""
@@ -151,10 +155,12 @@ class Budget:
             most = self.amount * (1e6 if self.kind == "latency_ms" else 1)
         fixed = 0 if self.is_share else costs.fixed
         most *= 1 + 1e-12  # 0.29 * 100 is 28.999999999999996
-        return math.ceil(most * (1 - self.tolerance)) - fixed, math.floor(most) - fixed
+        taken = fixed + costs.added
+        return math.ceil(most * (1 - self.tolerance)) - taken, math.floor(most) - taken
 
     def entry(self, cost: int, costs: Costs) -> dict[str, str | float]:
         """Return the budget of this kind that widths of this cost just keep, as `parse` takes it; four digits."""
+        cost += costs.added
         total = cost + costs.fixed
         if self.kind == "sparsity":
             return {self.kind: _down(1 - cost / max(costs.dense, 1))}
@@ -170,7 +176,7 @@ class Budget:
             now, before = (f"{(each + costs.fixed) / 1e6:.4g}" for each in (cost, costs.dense))
             said = f"{now} of {before} ms are left, by the latency table"
         else:
-            said = f"{cost / max(costs.dense, 1):.1%} of the {costs.measure} of the blocks are left"
+            said = f"{(cost + costs.added) / max(costs.dense, 1):.1%} of the {costs.measure} of the blocks are left"
         return f"{said}; nothing nearer to {self} was found" if cost < self.limits(costs)[0] else said
 
     def __str__(self) -> str:

@@ -3,6 +3,7 @@
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -60,9 +61,12 @@ class WidthSolver:
         return table.costs()
 
     def recount(self, model: nn.Module) -> None:
-        """Count the parameters of the whole model again, where the budget is about these and biases were added."""
-        if self.budget.measure == "params" and not self.budget.is_share:
-            self.costs = count_params(model, self.legal.widths)
+        """Count the parameters again, where the budget is about these and biases were added."""
+        if self.budget.measure != "params":
+            return
+        now, before = count_params(model, self.legal.widths), self.costs
+        added = now.fixed - before.fixed if self.budget.is_share else 0  # in `fixed` it counts for the whole model
+        self.costs = replace(now, added=added, before=before.dense)
 
     def choose(self, values: Mapping[str, Tensor], *, eased: bool = False) -> dict[str, int]:
         """Return how many units of each width stay; see `Solver`.

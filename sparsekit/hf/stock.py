@@ -72,9 +72,21 @@ def sizes_beside(model: nn.Module, stock: nn.Module) -> tuple[dict[str, list[int
         }
         if differing:
             sizes[name] = differing
-    if missing := [name for name, module in theirs.items() if name not in ours and linear_size(module) is not None]:
+    absent = [name for name, module in theirs.items() if name not in ours and linear_size(module) is not None]
+    if missing := [name for name in absent if not _left_out(ours, name)]:
         raise Unsupported(f"a model made of the config has {missing[0]}, which this model has not")
     return dict(sorted(widths.items())), dict(sorted(sizes.items()))
+
+
+def _left_out(modules: Mapping[str, nn.Module], name: str) -> bool:
+    """Return whether a model was made without a part, as with `add_pooling_layer=False`: its place is there, as None.
+
+    The config knows nothing of that; who loads the checkpoint says it again, dense or not.
+    """
+    parent, _, last = name.rpartition(".")
+    if parent in modules:
+        return getattr(modules[parent], last, name) is None
+    return _left_out(modules, parent)
 
 
 def config_of(model: nn.Module, name: str) -> Any:

@@ -14,6 +14,7 @@ import transformers as tf
 import sparsekit as sk
 from sparsekit import CheckpointError
 from sparsekit.archs import find_widths
+from sparsekit.errors import Unsupported
 from sparsekit.hf.describe import widths_of
 from sparsekit.hf.quantizer import SparsekitConfig, SparsekitQuantizer
 from sparsekit.methods import METHODS
@@ -165,6 +166,20 @@ def test_what_the_config_cannot_say_survives_the_folder(family, tmp_path):
         assert torch.equal(generate(again), generate(model)) and torch.equal(generate(again, False), generate(model))
     again.save_pretrained(tmp_path / "twice")
     assert same(type(model).from_pretrained(tmp_path / "twice"), state(model))
+
+
+def test_parts_that_a_model_was_made_without(tmp_path):
+    """`add_pooling_layer=False` is nothing that a config knows; a list of blocks with one gone is something else."""
+    model = tf.BertModel(bert().config, add_pooling_layer=False).eval()
+    cut(model)
+    model.save_pretrained(tmp_path)
+    again = tf.BertModel.from_pretrained(tmp_path, add_pooling_layer=False)
+    ids = torch.arange(1, 12)[None]
+    assert torch.equal(again(ids).last_hidden_state, model(ids).last_hidden_state)
+    with_pooler = tf.BertModel(bert().config).eval()
+    del with_pooler.encoder.layer[0]
+    with pytest.raises(Unsupported, match="which this model has not"):
+        cut(with_pooler)
 
 
 def test_what_the_config_can_say_it_says():
