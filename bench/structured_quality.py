@@ -43,6 +43,7 @@ from sparsekit.targets import is_linear
 
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "contribution": ("contribution", {}),
+    "contribution, hidden too": ("contribution", {"hidden": True}),
     "contribution by score": ("contribution", {"selection": "score"}),
     "contribution even": ("contribution", {"allocation": "uniform"}),
     "contribution global": ("contribution", {"allocation": "global"}),
@@ -62,7 +63,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
 ENCODERS = ("sst2", "trec", "stsb")
 DECODERS = {case.model: case for case in CASES}
 OF_ENCODERS = ["contribution", "kcm", "kcm density", "fisher", "magnitude", "flap", "wanda_sp"]
-OF_DECODERS = ["contribution", "flap", "wanda_sp", "slicegpt", "depth", "magnitude"]
+OF_DECODERS = ["contribution", "contribution, hidden too", "flap", "wanda_sp", "slicegpt", "depth", "magnitude"]
 BUDGETS_OF_ENCODERS = ["flops=60%", "flops=80%"]
 BUDGETS_OF_DECODERS = ["sparsity=20%", "sparsity=50%"]
 
@@ -269,6 +270,7 @@ def table(rows: list[dict[str, Any]]) -> Report:
                 ("loss", "loss"),
                 ("FLOPs left", "flops_left"),
                 ("block parameters left", "block_params_left"),
+                ("parameters left", "params_left"),
                 ("seconds", "seconds"),
                 ("CPU seconds", "cpu_seconds"),
             )

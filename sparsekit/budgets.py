@@ -55,32 +55,53 @@ class Costs:
         return sum(int(curve[num_kept.get(name, -1)]) for name, curve in self.curves.items())
 
 
-def count_params(model: nn.Module, widths: Sequence[Width]) -> Costs:
-    """Return the parameters that go with the units, biases too; `fixed` is all others of the model."""
+@dataclass(frozen=True)
+class StreamSize:
+    """How many dimensions the residual stream has, and how many of them are to be left."""
+
+    size: int
+    kept: int
+
+    def of(self, number: int) -> int:
+        """Return what is left of a number of weights that goes with the dimensions."""
+        return number * self.kept // self.size
+
+
+WHOLE = StreamSize(1, 1)
+
+
+def count_params(model: nn.Module, widths: Sequence[Width], stream: StreamSize = WHOLE) -> Costs:
+    """Return the parameters that go with the units, biases too; `fixed` is all others of the model.
+
+    Args:
+        stream: counts as if only so much of it were left. What is fixed goes with it, all of it.
+    """
     curves = {}
     for width in widths:
-        unit = width.columns * weight_NK(model.get_submodule(width.name)).shape[0]
+        unit = stream.of(width.columns * weight_NK(model.get_submodule(width.name)).shape[0])
         for rows in width.producers:
             layer = model.get_submodule(rows.name)
-            unit += rows.per_unit * (weight_NK(layer).shape[1] + (getattr(layer, "bias", None) is not None))
+            unit += stream.of(rows.per_unit * weight_NK(layer).shape[1])
+            unit += rows.per_unit * (getattr(layer, "bias", None) is not None)
         curves[width.name] = unit * np.arange(width.num_units + 1, dtype=np.int64)
-    costs = Costs("params", curves)
-    return Costs("params", curves, sum(parameter.numel() for parameter in model.parameters()) - costs.dense)
+    whole = Costs("params", curves).dense if stream is WHOLE else count_params(model, widths).dense
+    return Costs("params", curves, stream.of(sum(parameter.numel() for parameter in model.parameters()) - whole))
 
 
-def count_flops(model: nn.Module, widths: Sequence[Width], length: float) -> Costs:
+def count_flops(model: nn.Module, widths: Sequence[Width], length: float, stream: StreamSize = WHOLE) -> Costs:
     """Return the floating-point operations of the units for one sequence; see the module's text for what counts.
 
     Args:
         length: tokens of a sequence, which may be an average.
+        stream: counts as if only so much of it were left.
     """
     if not length > 0:
         raise ValueError(f"length={length} is no number of tokens: give that of the sequences the model is made for")
     curves = {}
     for width in widths:
-        macs = length * width.columns * weight_NK(model.get_submodule(width.name)).shape[0]
+        macs = length * stream.of(width.columns * weight_NK(model.get_submodule(width.name)).shape[0])
         for rows in width.producers:
-            macs += length * rows.per_unit * weight_NK(model.get_submodule(rows.name)).shape[1]
+            macs += length * stream.of(rows.per_unit * weight_NK(model.get_submodule(rows.name)).shape[1])
         if width.kind == "heads":
             seen = (length + 1) / 2 if _is_causal(model, width) else length
             macs += 2 * length * seen * width.columns

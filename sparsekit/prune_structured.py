@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from sparsekit.archs import Width, find_blocks, find_widths
 from sparsekit.calibration import Walk, load_samples
-from sparsekit.calibration.quiet import as_in_inference
 from sparsekit.calibration.samples import Batch
 from sparsekit.calibration.walk import Step
 from sparsekit.errors import NonFiniteError, Unsupported
@@ -26,30 +25,21 @@ from sparsekit.methods.structured.allocation import best_units
 from sparsekit.methods.structured.base import Job, StructuredMethod, WidthMethod
 from sparsekit.methods.structured.biases import give_biases_
 from sparsekit.methods.structured.depth import Depth
-from sparsekit.methods.structured.inputs import InputSums, check_inputs, check_tokens, run
+from sparsekit.methods.structured.inputs import InputSums, check_inputs, check_tokens
 from sparsekit.methods.structured.labels import labelled_batches
 from sparsekit.methods.structured.moments import Moments
 from sparsekit.methods.structured.recover import only_columns
-from sparsekit.methods.structured.slicegpt import (
-    SliceGPT,
-    Stream,
-    deaden_,
-    hidden_size_for,
-    principal_directions,
-    rotate_,
-)
-from sparsekit.methods.structured.watch import Tokens, Watcher, first_only_readers, first_tensor
+from sparsekit.methods.structured.sensitivity import judging_batches
+from sparsekit.methods.structured.slicegpt import SliceGPT
+from sparsekit.methods.structured.watch import Tokens, Watcher, first_only_readers
 from sparsekit.nn import SideLinear, sparse_layers
 from sparsekit.plan import Cut, Plan
 from sparsekit.progress import Progress, progress_bar
-from sparsekit.residual import check_thin
 from sparsekit.shorten import shorten_
 from sparsekit.snapshot import Snapshot, restored_on_failure
 from sparsekit.targets import Entry, find_targets, is_conv1d, set_weight_NK_, weight_NK
+from sparsekit.thin_stream import Thinner, thin_alone_
 from sparsekit.width_solver import WidthSolver
-
-_MOST_OF_ROUNDING = 0.1
-"""By which answers may change, relatively, where they should not; bfloat16 makes a few hundredths."""
 
 
 def shrink_(
@@ -110,7 +100,7 @@ def shrink_(
                 shorten_(model, config, plan, layers, batches, snapshot, bar)
         elif isinstance(config, SliceGPT):
             with progress_bar(config.name, 1, progress) as bar:
-                _thin_(model, config, plan, layers, batches, snapshot, bar)
+                thin_alone_(model, config, plan, layers, batches, snapshot, bar)
 
 
 def _narrow_(
@@ -136,61 +126,42 @@ def _narrow_(
     job = Job(model, own, inputs, solver, bar, seed, labelled=batches, notes=plan.notes)
     if config.second_pass is Moments:
         job.first_only = first_only_readers(model, [width.name for width in own], inputs[0])
+    if config.thins is not False:
+        why_not = Thinner.refusal(model, layers, config.thins, solver.budget.measure)
+        if why_not and config.thins:
+            raise ValueError(f"hidden=True, and hidden dimensions cannot go: {why_not}")
+        if not why_not:
+            bar.advance(0, "principal directions")
+            job.thinner = Thinner(model, inputs, judging_batches(inputs), config.round_to)
     job.scores = config.score(job)
     counts = config.count(job)
     plan.sensitivity = job.sensitivity
     bar.advance(len(own) - len(job.sensitivity))
     plan.notes += solver.notes(counts)
-    _Readers(job, config, counts, snapshot, plan).prune_()
-
-
-def _thin_(
-    model: nn.Module,
-    config: SliceGPT,
-    plan: Plan,
-    layers: Mapping[str, nn.Module],
-    batches: list[Batch],
-    snapshot: Snapshot,
-    bar: Progress,
-) -> None:
-    """Turn the residual stream, and take out the hidden dimensions that then carry least."""
-    stream = Stream.of(model)
-    if left_out := sorted(stream.linears - layers.keys()):
-        raise ValueError(
-            f"targets and ignore leave out {left_out[0]}, and method='slicegpt' turns what all blocks read and write: "
-            "leave them at their defaults"
-        )
-    size = model.get_submodule(stream.embedding).get_parameter("weight").shape[1]
-    num_kept, what_is_left = hidden_size_for(model, config, stream, batches)
-    was_tied = model.get_submodule(stream.head).weight is model.get_submodule(stream.embedding).weight
-    if num_kept == size:
-        return
-    check_thin(model, stream.embedding, num_kept)
-    bar.advance(0, "principal directions")
-    Q = principal_directions(model, stream, batches)
-    bar.advance()
-    with as_in_inference(model):
-        before = first_tensor(run(model, batches[0])).float()
-        rotate_(model, stream, Q, snapshot)
-        error = float((first_tensor(run(model, batches[0])).float() - before).norm() / before.norm().clamp_min(1e-20))
-    if not error <= _MOST_OF_ROUNDING:
-        raise Unsupported(
-            f"the answers of {type(model).__name__} changed by {error:.0%} when its residual stream was turned, so it "
-            "computes something else than its names suggest: method='slicegpt' cannot prune it"
-        )
-    deaden_(model, stream, num_kept)
-    plan.cuts[stream.embedding] = Cut(torch.arange(num_kept), size, "hidden")
-    plan.notes += [f"{num_kept} of {size} hidden dimensions are left", what_is_left]
-    if was_tied:
-        own = num_kept * model.get_submodule(stream.head).get_parameter("weight").shape[0]
-        plan.notes.append(f"{stream.head} no longer shares its weight with {stream.embedding}: {own:,} parameters more")
+    whole: dict[str, Tensor] = {}
+    if job.thinner is not None and job.thinner.num_kept < job.thinner.size:
+        whole = job.thinner.thin_(plan, snapshot)
+    _Readers(job, config, counts, snapshot, plan, whole).prune_()
 
 
 class _Readers:
-    """The second pass: takes each reader to what the method decides."""
+    """The second pass: takes each reader to what the method decides.
 
-    def __init__(self, job: Job, config: WidthMethod, counts: dict[str, int], snapshot: Snapshot, plan: Plan) -> None:
+    Args:
+        whole: weights of the teacher by name, where the model's residual stream was made thinner; else none.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        config: WidthMethod,
+        counts: dict[str, int],
+        snapshot: Snapshot,
+        plan: Plan,
+        whole: dict[str, Tensor],
+    ) -> None:
         self.job, self.config, self.counts, self.snapshot, self.plan = job, config, counts, snapshot, plan
+        self.whole = whole
         self.teacher_counts = config.teacher(job)
 
     @torch.no_grad()
@@ -249,6 +220,9 @@ class _Readers:
                 found.add(a_MK)
             else:
                 t = targets[index].float() - (seen.sums.float() - seen.outputs.float())
+                if self.whole:
+                    assert self.job.thinner is not None
+                    t[..., self.job.thinner.num_kept :] = 0
                 found = found or Moments(a_MK.shape[-1], t.shape[-1], a_MK.device)
                 assert isinstance(found, Moments)
                 found.add(a_MK, tokens.pick(t))
@@ -260,6 +234,13 @@ class _Readers:
     def _teacher_weights(self, step: Step, teacher: Walk) -> dict[str, Tensor]:
         """Return the weights with which the model is the teacher, where they are not its own."""
         originals = {} if teacher.replays else self.snapshot.originals()
+        if self.whole:  # all that runs up to this block: blocks that are done stand in for themselves
+            others = f"{step.chain}." if teacher.replays else ""
+            originals = {
+                name: tensor
+                for name, tensor in self.whole.items()
+                if name.startswith(f"{step.block}.") or not (others and name.startswith(others))
+            }
         found = {name: tensor.to(self.job.model.get_parameter(name)) for name, tensor in originals.items()}
         for width in self.job.widths if self.teacher_counts is not None else ():
             if teacher.replays and width.name not in step.layers:

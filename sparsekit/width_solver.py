@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sparsekit.archs import Width
 from sparsekit.benchmarking.latency_table import measure_latency
-from sparsekit.budgets import Budget, Costs, allocate, count_flops, count_params, even_values
+from sparsekit.budgets import Budget, Costs, StreamSize, allocate, count_flops, count_params, even_values
 from sparsekit.calibration.samples import Batch
 from sparsekit.methods.structured.base import WidthMethod
 from sparsekit.methods.structured.inputs import mean_length
@@ -46,16 +46,18 @@ class WidthSolver:
         )
         self.least = {name: numbers[0] for name, numbers in self.legal.numbers.items()}
         self.remarks = list(self.legal.remarks)
-        self.costs = self._costs(model, batches)
+        self.length: float = DEFAULT_LENGTH
+        if self.budget.measure != "params":
+            self.length = config.length or mean_length(model, widths[0].name, batches) or DEFAULT_LENGTH
+        self.costs = self._costs(model)
 
-    def _costs(self, model: nn.Module, batches: list[Batch]) -> Costs:
+    def _costs(self, model: nn.Module) -> Costs:
         """Return what the widths cost, in the measure of the budget."""
         if self.budget.measure == "params":
             return count_params(model, self.legal.widths)
-        length = self.config.length or mean_length(model, self.legal.widths[0].name, batches) or DEFAULT_LENGTH
         if self.budget.measure == "flops":
-            return count_flops(model, self.legal.widths, length)
-        table = measure_latency(model, self.legal, batch_size=self.config.batch, length=round(length))
+            return count_flops(model, self.legal.widths, self.length)
+        table = measure_latency(model, self.legal, batch_size=self.config.batch, length=round(self.length))
         self.remarks.append(f"times are of {table.batch_size} x {table.length} tokens, on this device")
         self.remarks += table.notes
         return table.costs()
@@ -67,6 +69,49 @@ class WidthSolver:
         now, before = count_params(model, self.legal.widths), self.costs
         added = now.fixed - before.fixed if self.budget.is_share else 0  # in `fixed` it counts for the whole model
         self.costs = replace(now, added=added, before=before.dense)
+
+    def choose_stream(
+        self, model: nn.Module, values: Mapping[str, Tensor], losses: Mapping[int, float], size: int, untied: int
+    ) -> tuple[int, dict[str, int]]:
+        """Return how many dimensions of the residual stream and how many units of each width stay, of the largest
+        total value that the budget pays for; from now on costs are those with so thin a stream.
+
+        Args:
+            model: dense.
+            values: as for `choose`.
+            losses: number of dimensions -> what is lost by it.
+            size: of the stream as it is.
+            untied: parameters that the model has more, at its size, once the stream is thinner.
+        Raises:
+            ValueError: as for `choose`.
+        """
+        whole, remarks = self.costs, self.remarks
+        found: list[tuple[float, int, dict[str, int], Costs, list[str]]] = []
+        refusal: ValueError | None = None
+        for kept, loss in losses.items():
+            self.remarks = list(remarks)
+            self.costs = whole if kept == size else self._with_stream(model, whole, StreamSize(size, kept), untied)
+            try:
+                counts = self.choose(values)
+            except ValueError as error:
+                refusal = refusal or error
+                continue
+            worth = sum(float(curve[counts[name]]) for name, curve in values.items()) - loss
+            found.append((worth, kept, counts, self.costs, self.remarks))
+        self.costs, self.remarks = whole, remarks
+        if not found:
+            assert refusal is not None
+            raise refusal
+        _, kept, counts, self.costs, self.remarks = max(found, key=lambda each: each[0])
+        return kept, counts
+
+    def _with_stream(self, model: nn.Module, whole: Costs, stream: StreamSize, untied: int) -> Costs:
+        if self.budget.measure == "flops":
+            costs = count_flops(model, self.legal.widths, self.length, stream)
+        else:
+            costs = count_params(model, self.legal.widths, stream)
+            costs = replace(costs, fixed=costs.fixed + stream.of(untied))
+        return replace(costs, added=stream.of(whole.added), before=whole.dense)
 
     def choose(self, values: Mapping[str, Tensor], *, eased: bool = False) -> dict[str, int]:
         """Return how many units of each width stay; see `Solver`.

@@ -25,7 +25,7 @@ ORDER = [
     {"calibration", "slicing", "residual", "knapsack", "shapes", "budgets"},
     {"surgery"},
     {"methods"},
-    {"prune", "prune_structured", "reconstruct", "benchmarking", "evaluate", "shorten", "width_solver"},
+    {"prune", "prune_structured", "reconstruct", "benchmarking", "evaluate", "shorten", "thin_stream", "width_solver"},
     {"train"},
     {"sparsify", "doctor"},
     {"__init__"},
@@ -38,6 +38,7 @@ TRAINING = {"archs", "budgets", "calibration", "methods", "prune", "reconstruct"
     "residual",
     "shorten",
     "slicing",
+    "thin_stream",
     "width_solver",
 }
 RUNTIME = {"formats", "ops", "backends", "nn", "hf", "pack", "checkpoint"}

@@ -21,8 +21,10 @@ from sparsekit.methods.structured.inputs import InputSums, input_sums
 from sparsekit.methods.structured.moments import Moments
 from sparsekit.methods.structured.recover import Recovered, columns_of, only_columns
 from sparsekit.patterns import Pattern, Structured, check_sparsity, parse_pattern
+from sparsekit.plan import Plan
 from sparsekit.progress import Progress
 from sparsekit.registry import unknown
+from sparsekit.snapshot import Snapshot
 from sparsekit.targets import weight_NK
 
 ALLOCATIONS = ("uniform", "global", "sensitivity")
@@ -52,6 +54,23 @@ class Solver(Protocol):
     def evenly(self) -> dict[str, int]:
         """Return how many units of each width stay if each loses the same share."""
 
+    def choose_stream(
+        self, model: nn.Module, values: dict[str, Tensor], losses: dict[int, float], size: int, untied: int
+    ) -> tuple[int, dict[str, int]]:
+        """Return how many hidden dimensions and how many units of each width stay, of the largest total value."""
+
+
+class ThinStream(Protocol):
+    """A residual stream that can be made thinner; see `sparsekit.thin_stream.Thinner`."""
+
+    size: int
+    num_kept: int
+    untied: int
+    losses: dict[int, float]
+
+    def thin_(self, plan: Plan, snapshot: Snapshot) -> dict[str, Tensor]:
+        """Make it so thin, and return the weights of the model as it was."""
+
 
 @dataclass
 class Job:
@@ -72,6 +91,7 @@ class Job:
         joins: reader -> where its output joins the residual stream, as far as that was looked for; see `Watcher`.
         sensitivity: width -> how much the answers suffer with n of its units, for the plan, where that was measured.
         notes: for the plan.
+        thinner: the residual stream, where it may lose dimensions, too.
         failure: why the rest of the readers are left as they are; "" while all is well.
     """
 
@@ -89,6 +109,7 @@ class Job:
     joins: dict[str, str | None] = field(default_factory=dict)
     sensitivity: dict[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    thinner: ThinStream | None = None
     failure: str = ""
 
     def reader(self, width: Width) -> "Reader":
@@ -225,6 +246,11 @@ class WidthMethod(StructuredMethod):
     @property
     def wants_biases(self) -> bool:
         """Whether readers without a bias are to be given one, where the model's config can ask for it."""
+        return False
+
+    @property
+    def thins(self) -> bool | None:
+        """Whether hidden dimensions are to go, too; None: where that costs nothing else."""
         return False
 
     @property

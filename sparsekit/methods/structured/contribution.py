@@ -41,11 +41,16 @@ class Contribution(WidthMethod):
         selection: "removal" takes out, one after the other, the units that those left can stand in for; "score" keeps
             the largest rms(a_j) · ‖W_:j‖ (of a head: the root of the sum of squares over its columns).
         allocation: "sensitivity" as above; "global" compares scores of all layers; "uniform" takes the same share.
+        hidden: whether dimensions of the residual stream may go as well, turned to its principal directions first (see
+            `SliceGPT`), as many as cost the answers least together with heads and channels. None: where the model has
+            RMSNorms, and a head with a weight of its own or a small one: one that is tied would need its own.
         damping: of the ridge regression, relative to the mean square of the inputs.
+        add_biases: give readers a bias, where the model's config can ask for one.
     """
 
     selection: str = "removal"
     allocation: str = "sensitivity"
+    hidden: bool | None = None
     damping: float = 0.01
     add_biases: bool = False
 
@@ -57,10 +62,21 @@ class Contribution(WidthMethod):
         check_choice(self, "selection", ("removal", "score"))
         check_choice(self, "allocation", ALLOCATIONS)
         check_positive(self, "damping")
+        if self.hidden not in (None, False, True):
+            raise ValueError(f"hidden={self.hidden!r} is neither None nor True or False")
+        if self.hidden and self.allocation != "sensitivity":
+            raise ValueError(
+                f"hidden=True goes with allocation='sensitivity', which weighs hidden dimensions against others, and "
+                f"not with {self.allocation!r}"
+            )
 
     @property
     def wants_biases(self) -> bool:
         return self.add_biases
+
+    @property
+    def thins(self) -> bool | None:
+        return self.hidden if self.allocation == "sensitivity" else False
 
     @property
     def second_pass(self) -> type[Moments]:
@@ -80,7 +96,13 @@ class Contribution(WidthMethod):
         if self.allocation == "global":
             return job.solver.choose(global_values(job.scores))
         job.sensitivity = sensitivity_curves(job, job.solver.least, self.damping)
-        return job.solver.choose({name: -curve for name, curve in job.sensitivity.items()})
+        values = {name: -curve for name, curve in job.sensitivity.items()}
+        if (thinner := job.thinner) is None:
+            return job.solver.choose(values)
+        thinner.num_kept, counts = job.solver.choose_stream(
+            job.model, values, thinner.losses, thinner.size, thinner.untied
+        )
+        return counts
 
     def decide(self, job: Job, reader: Reader, num: int, seen: InputSums | Moments | None) -> Decided:
         assert isinstance(seen, Moments)

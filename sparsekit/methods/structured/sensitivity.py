@@ -63,7 +63,7 @@ def sensitivity_curves(job: Job, least: dict[str, int], damping: float) -> dict[
     """
     names = {width.name: width for width in job.widths}
     layers = {name: job.model.get_submodule(name) for name in names}
-    judging = _judges(job)
+    judging = judging_batches(job.batches)
     fitting = [index for index in range(len(job.batches)) if index not in judging] or judging
     curves: dict[str, Tensor] = {}
     with Walk(job.model, layers, job.batches) as walk:
@@ -81,12 +81,12 @@ def sensitivity_curves(job: Job, least: dict[str, int], damping: float) -> dict[
     return curves
 
 
-def _judges(job: Job) -> list[int]:
-    """Return the batches that judge."""
+def judging_batches(batches: Sequence[Batch]) -> list[int]:
+    """Return which batches judge, and are not fitted to where there are others."""
     chosen: list[int] = []
     num_tokens = 0
-    for index in range(0, len(job.batches), _HELD_BACK):
-        num_tokens += job.batches[index].get("input_ids", next(iter(job.batches[index].values()))[:, :1]).numel()
+    for index in range(0, len(batches), _HELD_BACK):
+        num_tokens += batches[index].get("input_ids", next(iter(batches[index].values()))[:, :1]).numel()
         if chosen and num_tokens > _MOST_JUDGES:
             break
         chosen.append(index)

@@ -108,6 +108,18 @@ class Stream:
         return cls(names[id(embedding)], names[id(head)], writers, readers | {last[0]: (names[id(head)],)})
 
 
+def is_tied(model: nn.Module, stream: Stream) -> bool:
+    """Return whether the head shares the embedding's weight."""
+    return model.get_submodule(stream.head).weight is model.get_submodule(stream.embedding).weight
+
+
+def legal_hidden_sizes(model: nn.Module, stream: Stream, round_to: int) -> list[int]:
+    """Return the hidden sizes that a model can have, ascending; the one that it has is the last."""
+    size = model.get_submodule(stream.embedding).get_parameter("weight").shape[1]
+    step = math.lcm(round_to, getattr(getattr(model, "config", None), "num_attention_heads", 1))
+    return [*range(step, size, step), size]
+
+
 def hidden_size_for(model: nn.Module, config: SliceGPT, stream: Stream, batches: list[Batch]) -> tuple[int, str]:
     """Return the largest legal hidden size that the budget pays for, and a sentence on what that leaves.
 
@@ -115,9 +127,7 @@ def hidden_size_for(model: nn.Module, config: SliceGPT, stream: Stream, batches:
         ValueError: it pays for none, or is one in time.
     """
     size = model.get_submodule(stream.embedding).get_parameter("weight").shape[1]
-    heads = getattr(getattr(model, "config", None), "num_attention_heads", 1)
-    step = math.lcm(config.round_to, heads)
-    legal = [number for number in range(step, size, step)] + [size]
+    legal = legal_hidden_sizes(model, stream, config.round_to)
     budget, widths = Budget.parse(config.budget), find_widths(model)
     if budget.measure == "ns":
         raise ValueError(f"{budget}: method='slicegpt' knows budgets in sparsity, params and flops")

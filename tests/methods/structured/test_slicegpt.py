@@ -107,10 +107,10 @@ def test_principal_directions_beat_others(monkeypatch):
     dense = outputs(with_norms("llama"))
     model, other = with_norms("llama"), with_norms("llama")
     pruned(model, sk.SliceGPT(sparsity=0.2, round_to=2))
-    from sparsekit import prune_structured
+    from sparsekit import thin_stream
 
-    own = prune_structured.principal_directions
-    monkeypatch.setattr(prune_structured, "principal_directions", lambda *args: own(*args).flip(1))
+    own = thin_stream.principal_directions
+    monkeypatch.setattr(thin_stream, "principal_directions", lambda *args: own(*args).flip(1))
     pruned(other, sk.SliceGPT(sparsity=0.2, round_to=2))
     errors = [float((outputs(each) - dense).square().mean()) for each in (model, other)]
     assert errors[0] < 0.9 * errors[1]
@@ -139,9 +139,9 @@ def test_what_is_left_is_said():
 def test_a_failure_ties_and_turns_back(monkeypatch):
     model = with_norms("qwen2")
     before, config = {name: t.clone() for name, t in model.state_dict().items()}, model.config.to_dict()
-    from sparsekit import prune_structured
+    from sparsekit import thin_stream
 
-    monkeypatch.setattr(prune_structured, "deaden_", lambda *args: 1 / 0)
+    monkeypatch.setattr(thin_stream, "deaden_", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         pruned(model, "slicegpt")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
