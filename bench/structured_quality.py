@@ -43,7 +43,7 @@ from sparsekit.targets import is_linear
 
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "contribution": ("contribution", {}),
-    "contribution, hidden too": ("contribution", {"hidden": True}),
+    "contribution + hidden": ("contribution", {"hidden": True}),
     "contribution by score": ("contribution", {"selection": "score"}),
     "contribution even": ("contribution", {"allocation": "uniform"}),
     "contribution global": ("contribution", {"allocation": "global"}),
@@ -63,7 +63,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
 ENCODERS = ("sst2", "trec", "stsb")
 DECODERS = {case.model: case for case in CASES}
 OF_ENCODERS = ["contribution", "kcm", "kcm density", "fisher", "magnitude", "flap", "wanda_sp"]
-OF_DECODERS = ["contribution", "contribution, hidden too", "flap", "wanda_sp", "slicegpt", "depth", "magnitude"]
+OF_DECODERS = ["contribution", "contribution + hidden", "flap", "wanda_sp", "slicegpt", "depth", "magnitude"]
 BUDGETS_OF_ENCODERS = ["flops=60%", "flops=80%"]
 BUDGETS_OF_DECODERS = ["sparsity=20%", "sparsity=50%"]
 
