@@ -1,105 +1,67 @@
-"""What gates cost, as a number with a gradient, and the multipliers that hold it at a target.
-
-With P the chance of a unit to be open, the expected cost of widths w in layers l is
-
-    E = sum_w P_l sum_j P_wj (h a_w + b_w),   h = mean of P over the residual stream,
-
-a_w what a unit costs that goes with the dimensions of the stream, b_w what does not (biases; in FLOPs, attention). It is
-exact where gates are 0 or 1: the count of what is left after slicing. Times are interpolated in a latency table, at the
-expected number of units.
+"""A budget for gates: the multipliers that lead them to it, and the choice of units that keeps it in the end.
 
 The multipliers l1 and l2 make l1 (s - t) + l2 (s - t)^2 of a sparsity s and its target t. Gates descend on it and the
-multipliers climb (arXiv 2310.06694, 2402.09773).
+multipliers climb (arXiv 2310.06694, 2402.09773). Where all layers must keep as many units, each width has a pair of its
+own, and as target the mean of its kind plus what the whole is short of: how the kinds share the budget stays free.
+
+In the end, of all units that the budget pays for those stay that have the largest chances to be open, each counted by
+what it costs: with the price of cost at its balance, a unit gains more than it costs where its chance is above a half,
+so that a chance is worth per cost. The budget is then kept by the exact solver of all other methods.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsekit.budgets import Budget, Costs
-from sparsekit.shapes import LegalWidths
-from sparsekit.train.gates import Gates, Masks
+from sparsekit.archs import Width, find_widths
+from sparsekit.benchmarking.latency_table import measure_latency
+from sparsekit.budgets import Allocation, Budget, Costs, allocate, values_of
+from sparsekit.methods.structured.allocation import best_units
+from sparsekit.methods.structured.slicegpt import legal_hidden_sizes
+from sparsekit.registry import unknown
+from sparsekit.residual import check_thin
+from sparsekit.shapes import LegalWidths, legal_widths
+from sparsekit.train.expected_cost import ExpectedCost
+from sparsekit.train.gates import LIMIT, Gates, Masks
+from sparsekit.width_solver import DEFAULT_LENGTH
 
 RAMPS = ("linear", "cubic")
 
-
-@dataclass(frozen=True)
-class ExpectedCost:
-    """What a model's widths cost, of the chances of their units to be open.
-
-    Attributes:
-        costs: of the widths, in whole numbers, with the residual stream as it is.
-        dense: cost where all is open.
-    """
-
-    costs: Costs
-    dense: int
-
-    @classmethod
-    def of(
-        cls,
-        model: nn.Module,
-        gates: Gates,
-        measure: str = "params",
-        *,
-        length: float = 128,
-        costs: Costs | None = None,
-        whole: bool = False,
-        untied: int = 0,
-    ) -> "ExpectedCost":
-        """Return the cost of all that has gates.
-
-        Args:
-            model: dense.
-            gates: on its units.
-            measure: "params", "flops" or "ns".
-            length: tokens of a sequence, for FLOPs.
-            costs: those of a latency table, for "ns".
-            whole: count the rest of the model, too.
-            untied: parameters that the head gets for itself, where the residual stream has gates.
-        Raises:
-            ValueError: the measure is unknown, or "ns" and there is no table, or it is to tell what layers or hidden
-                dimensions cost.
-        """
-        raise NotImplementedError
-
-    def of_gates(self, p_open: Mapping[str, Tensor]) -> Tensor:
-        """Return the expected cost, float64 scalar, differentiable."""
-        raise NotImplementedError
-
-    def of_masks(self, masks: Masks) -> float:
-        """Return the cost of what these masks leave: units that are multiplied by more than 0."""
-        raise NotImplementedError
-
-    def sparsity(self, p_open: Mapping[str, Tensor]) -> Tensor:
-        """Return the share of the dense cost that is expected to go, float64 scalar, differentiable."""
-        raise NotImplementedError
+_MISSED_BY = 0.001
+"""Share of the dense cost by which the units that stay may be below the budget, where legal numbers come so near."""
+_TIE = 1e-4
+"""What the second score is worth at most, in chances to be open."""
 
 
 class AugmentedLagrangian(nn.Module):
     """Multipliers of constraints s = t, which are to climb: their optimizer has `maximize=True`.
 
     Attributes:
-        multipliers: parameter, fp32 [2, num_constraints], both 0 at first.
+        multipliers: parameter, fp32 [2, num_constraints], l1 and l2; 0 at first.
+        weights: buffer, [num_constraints], what each constraint counts; they sum to 1.
     """
 
     multipliers: nn.Parameter
+    weights: Tensor
 
-    def __init__(self, num_constraints: int = 1) -> None:
+    def __init__(self, weights: Sequence[float] = (1.0,)) -> None:
         super().__init__()
-        self.multipliers = nn.Parameter(torch.zeros(2, num_constraints))
+        self.multipliers = nn.Parameter(torch.zeros(2, len(weights)))
+        self.register_buffer("weights", torch.tensor(weights) / sum(weights))
 
     def penalty(self, sparsity: Tensor, target: float | Tensor) -> Tensor:
-        """Return sum l1 (s - t) + l2 (s - t)^2, differentiable.
+        """Return the weighted sum of l1 (s - t) + l2 (s - t)^2, fp32 scalar, differentiable.
 
         Args:
             sparsity: scalar or [num_constraints].
             target: a number for all, or [num_constraints].
         """
-        raise NotImplementedError
+        gap = (sparsity.reshape(-1) - target).to(self.multipliers)
+        linear, square = self.multipliers
+        return (self.weights * (linear * gap + square * gap.square())).sum()
 
 
 def target_at(step: int, warmup_steps: int, target: float, ramp: str = "linear") -> float:
@@ -108,7 +70,10 @@ def target_at(step: int, warmup_steps: int, target: float, ramp: str = "linear")
     Args:
         ramp: "linear"; or "cubic", target (1 - (1 - step / warmup_steps)^3), which is steep at first.
     """
-    raise NotImplementedError
+    if ramp not in RAMPS:
+        raise ValueError(unknown("ramp", ramp, list(RAMPS)))
+    done = min(step / warmup_steps, 1.0) if warmup_steps > 0 else 1.0
+    return target * (done if ramp == "linear" else 1 - (1 - done) ** 3)
 
 
 @dataclass(frozen=True)
@@ -116,8 +81,9 @@ class Projected:
     """What is left of each part, exactly within the budget.
 
     Attributes:
-        masks: name -> bool [num_units], on the CPU, for every part that has gates.
-        cost: of it, in the measure of the budget, with the rest of the model where the budget counts that.
+        masks: name -> bool [num_units], on the CPU, for every part that has gates. Where a layer goes, its heads and
+            channels are all gone.
+        cost: of what is left, in the measure of the budget; with the rest of the model where the budget counts that.
         sparsity: share of the dense cost that is gone.
         notes: what a reader of the report must know.
     """
@@ -128,17 +94,20 @@ class Projected:
     notes: list[str]
 
 
+@dataclass(frozen=True)
 class Constraint:
     """A budget for a model with gates: what they cost, where that should go, and which of them stay in the end.
 
-    Made once, before adapters and training, by `Constraint.of`, which measures times and sees that the budget can be
-    reached.
+    Made once by `Constraint.of`, before adapters and training: times are measured then, and a budget that cannot be
+    reached is refused.
 
     Attributes:
-        budget, legal: what may stay, and which numbers of units are possible.
+        budget: what may stay.
+        legal: which numbers of units are possible.
         cost: of the gates; counts the whole model where the budget does.
         target: share of `cost.dense` that must go.
         uniform: every layer keeps as many.
+        hidden_sizes: numbers of dimensions that the residual stream may have, ascending.
         notes: what a reader of the report must know.
     """
 
@@ -147,15 +116,17 @@ class Constraint:
     cost: ExpectedCost
     target: float
     uniform: bool
-    notes: list[str]
+    hidden_sizes: tuple[int, ...]
+    notes: tuple[str, ...]
 
     @classmethod
     def of(
         cls,
         model: nn.Module,
         gates: Gates,
-        budget: float | Mapping[str, Any] | Budget,
+        budget: float | Mapping[str, Any],
         *,
+        widths: Sequence[Width] | None = None,
         round_to: int = 1,
         tensor_parallel: int = 1,
         uniform: bool = False,
@@ -163,44 +134,219 @@ class Constraint:
         min_channels: int = 8,
         length: float | None = None,
         batch: int = 1,
-        untied: int = 0,
     ) -> "Constraint":
         """Return the constraint of a budget.
 
         Args:
             model: dense.
             gates: on its units.
-            budget: a sparsity, a dict of one entry as {"flops": "60%"}, or what `Budget.parse` made of either.
+            budget: a sparsity, or a dict of one entry as {"flops": "60%"}; see `Budget.parse`.
+            widths: those that the budget is about, with gates or without; all of the model's if None.
             round_to, tensor_parallel, uniform, min_heads, min_channels: as for `legal_widths`.
             length, batch: of sequences, for FLOPs and times; 128 tokens if None.
-            untied: parameters that the head gets for itself once the residual stream is thinner.
         Raises:
-            ValueError: an argument is out of range, or no legal numbers reach the budget; the nearest are named.
-            Unsupported: the model's shape cannot be measured or cut so.
+            ValueError: an argument is out of range, or no legal numbers, or no gates, reach the budget; the nearest
+                are named.
+            Unsupported: the residual stream cannot be cut.
         """
-        raise NotImplementedError
+        parsed = Budget.parse(budget)
+        widths = find_widths(model) if widths is None else widths
+        gated = {width.name for width in gates.widths}
+        legal = legal_widths(
+            model,
+            widths,
+            round_to=round_to,
+            tensor_parallel=tensor_parallel,
+            uniform=uniform,
+            min_units={"heads": min_heads, "channels": min_channels},
+            whole=[width.name for width in widths if width.name not in gated],
+        )
+        length, notes, table = length or DEFAULT_LENGTH, list(legal.remarks), None
+        if parsed.measure == "ns":
+            measured = measure_latency(model, legal, batch_size=batch, length=round(length))
+            notes += [f"times are of {batch} x {measured.length} tokens, on this device", *measured.notes]
+            table = measured.costs()
+        given: dict[str, Any] = {"widths": widths, "length": length, "table": table, "whole": not parsed.is_share}
+        cost = ExpectedCost.of(model, gates, parsed.measure, **given)
+        sizes: tuple[int, ...] = (cost.hidden_size,)
+        if gates.stream is not None:
+            sizes = tuple(legal_hidden_sizes(model, gates.stream, round_to))
+            if len(sizes) > 1:
+                check_thin(model, gates.stream.embedding, sizes[0])
+        most = parsed.limits(cost.costs)[1] + (cost.costs.fixed if cost.whole else 0)
+        target = max(1 - most / cost.dense, 0.0)
+        constraint = cls(parsed, legal, cost, target, uniform, sizes, tuple(notes))
+        constraint._refuse_unreachable(gates)
+        return constraint
 
     @property
     def num_constraints(self) -> int:
-        """How many pairs of multipliers `terms` needs: one, or one for each width where all layers keep as many."""
-        raise NotImplementedError
+        """How many pairs of multipliers there are: one, or one for each width where all layers keep as many."""
+        return len(self._widths_of_kinds()) if self.uniform else 1
+
+    def lagrangian(self) -> AugmentedLagrangian:
+        """Return the multipliers for `terms`, on the CPU."""
+        if not self.uniform:
+            return AugmentedLagrangian()
+        return AugmentedLagrangian([float(self.cost.costs.curves[name][-1]) for name in self._widths_of_kinds()])
 
     def terms(self, p_open: Mapping[str, Tensor], target: float) -> tuple[Tensor, Tensor]:
-        """Return sparsities [num_constraints], differentiable, and the targets to hold them against.
+        """Return sparsities [num_constraints], differentiable, and the targets to hold them against, without gradient.
 
         Args:
             p_open: of the gates.
             target: share of the dense cost that must go, at this step.
         """
-        raise NotImplementedError
+        sparsity = self.cost.sparsity(p_open)
+        if not self.uniform:
+            return sparsity.reshape(1), sparsity.new_tensor([target])
+        kinds = self._widths_of_kinds()
+        shares = torch.stack([1 - p_open[name].double().mean() for name in kinds])
+        kind_of = torch.tensor([sorted(set(kinds.values())).index(kind) for kind in kinds.values()]).to(shares.device)
+        means = torch.stack([shares[kind_of == index].mean() for index in range(len(set(kinds.values())))])
+        return shares, (means[kind_of] + target - sparsity).detach()
 
-    def project(self, gates: Gates, scores: Mapping[str, Tensor] | None = None) -> Projected:
+    def project(
+        self, gates: Gates, scores: Mapping[str, Tensor] | None = None, *, sparsity: float | None = None
+    ) -> Projected:
         """Return the units that stay: those with the largest chances to be open, for what the budget pays.
 
         Args:
-            gates: on the model that the constraint is of.
-            scores: name -> [num_units], which decide between units of equal chances; `gates.shadow()` if None.
+            gates: those that the constraint is of.
+            scores: name -> [num_units], which decide between equal chances; `gates.shadow()` if None.
+            sparsity: share of the dense cost to remove, in place of the budget.
         Raises:
             ValueError: no legal numbers reach the budget; the nearest are named.
         """
-        raise NotImplementedError
+        chances = {name: chance.detach().double().cpu() for name, chance in gates.p_open().items()}
+        ranks = _ranks(gates.shadow() if scores is None else scores)
+        ranked = {name: chance + _TIE * ranks.get(name, 0.0) for name, chance in chances.items()}
+        budget, target = self.budget, self.target
+        if sparsity is not None:
+            budget, target = self._budget_of(sparsity), sparsity
+        choice = self._choose(gates, chances, ranked, budget, target)
+        masks = {}
+        for name, kind in gates.kinds.items():
+            masks[name] = torch.zeros(gates.sizes[name], dtype=torch.bool)
+            if kind == "layers":
+                kept = torch.tensor(
+                    [index for index in range(gates.sizes[name]) if (name, index) not in choice.dropped]
+                )
+            else:
+                kept = best_units(ranked[name], choice.num_hidden if kind == "hidden" else choice.num_kept[name])
+            masks[name][kept] = True
+        cost = choice.cost + (choice.costs.fixed if self.cost.whole else 0)
+        notes = [budget.met(choice.cost, choice.costs), *self._at_least(chances, choice)]
+        return Projected(masks, cost, 1 - cost / self.cost.dense, notes)
+
+    def _choose(self, gates: Gates, chances: Masks, ranked: Masks, budget: Budget, target: float) -> "_Choice":
+        """Return the numbers to keep: of layers and hidden dimensions as many as gates expect, or the nearest with
+        which heads and channels reach the budget."""
+        refusal: ValueError | None = None
+        for dropped in _layers_to_drop(gates, chances, ranked):
+            for num_hidden in self._hidden_sizes_near(chances):
+                costs = self.cost.left(num_hidden, dropped)
+                try:
+                    found = self._allocate(ranked, costs, budget, target, dropped)
+                except ValueError as error:
+                    refusal = refusal or error
+                    continue
+                return _Choice(found.num_kept, found.cost, costs, num_hidden, dropped)
+        assert refusal is not None
+        raise refusal
+
+    def _allocate(
+        self, ranked: Masks, costs: Costs, budget: Budget, target: float, dropped: frozenset[tuple[str, int]]
+    ) -> Allocation:
+        gone = {name for name, layer in self.cost.layer_of.items() if layer in dropped}
+        numbers = {name: (0,) if name in gone else legal for name, legal in self.legal.numbers.items()}
+        groups = [tuple(name for name in names if name not in gone) for names in self.legal.groups]
+        groups += [(name,) for name in gone]
+        legal = replace(self.legal, numbers=numbers, groups=tuple(names for names in groups if names))
+        values = {
+            name: values_of(scores) * (float(costs.curves[name][-1]) / len(scores))
+            for name, scores in ranked.items()
+            if name in costs.curves
+        }
+        near = min(budget.tolerance, _MISSED_BY / (1 - target))
+        try:
+            return allocate(values, costs, replace(budget, tolerance=near), legal)
+        except ValueError:
+            return allocate(values, costs, budget, legal)
+
+    def _hidden_sizes_near(self, chances: Masks) -> Iterator[int]:
+        """Yield numbers of hidden dimensions, the one that gates expect first."""
+        expected = float(chances[self.cost.hidden].sum()) if self.cost.hidden else self.cost.hidden_size
+        yield from sorted(self.hidden_sizes, key=lambda number: (abs(number - expected), -number))
+
+    def _at_least(self, chances: Masks, choice: "_Choice") -> list[str]:
+        """Say where gates left fewer units than must stay."""
+        closed = []
+        for width in self.legal.widths:
+            least, num = self.legal.numbers[width.name][0], choice.num_kept[width.name]
+            if width.name not in chances or not num or num > least:
+                continue
+            if (num_open := int((chances[width.name] > 0.5).sum())) < least:
+                closed.append(f"{width.name} ({num_open} {width.kind} open, {num} stay)")
+        if not closed:
+            return []
+        more = f" and {len(closed) - 3} more" if len(closed) > 3 else ""
+        return [f"gates left fewer units than a layer must keep, and the least stays: {', '.join(closed[:3])}{more}"]
+
+    def _budget_of(self, sparsity: float) -> Budget:
+        """Return the budget that removes this share of the dense cost."""
+        if not 0 <= sparsity < 1:
+            raise ValueError(f"{sparsity=} is no share of what the blocks cost: use one such as 0.25")
+        if self.cost.costs.measure == "ns":
+            return Budget("speedup", 1 / (1 - sparsity))
+        if self.cost.whole:
+            return Budget(self.cost.costs.measure, (1 - sparsity) * self.cost.dense)
+        return Budget(self.cost.costs.measure, 1 - sparsity, True)
+
+    def _refuse_unreachable(self, gates: Gates) -> None:
+        least = gates.chance(torch.tensor(-LIMIT))
+        most_gone = float(self.cost.sparsity(gates.split(least.expand(sum(gates.sizes.values())))))
+        if self.target > most_gone:
+            raise ValueError(
+                f"{self.budget} removes {self.target:.1%} of the {self.cost.costs.measure}, and gates, whose chance to "
+                f"be open is {least:.1%} at least, {most_gone:.1%} at most: ask for less, or give more kinds of units "
+                "gates"
+            )
+        even = {name: torch.full((size,), 0.5, dtype=torch.float64) for name, size in gates.sizes.items()}
+        self._choose(gates, even, even, self.budget, self.target)
+
+    def _widths_of_kinds(self) -> dict[str, str]:
+        """Return width -> first width of those that must keep as many, for widths that have a choice."""
+        return {name: names[0] for names in self.legal.groups for name in names if len(self.legal.numbers[name]) > 1}
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Numbers of units that stay, what the widths then cost, and the costs that say so."""
+
+    num_kept: dict[str, int]
+    cost: int
+    costs: Costs
+    num_hidden: int
+    dropped: frozenset[tuple[str, int]]
+
+
+def _layers_to_drop(gates: Gates, chances: Masks, ranked: Masks) -> Iterator[frozenset[tuple[str, int]]]:
+    """Yield sets of layers (list of blocks, index) that go, the one that gates expect first; one of each list stays."""
+    layers = sorted(
+        ((name, index) for name, blocks in gates.layers.items() for index in range(len(blocks))),
+        key=lambda layer: float(ranked[layer[0]][layer[1]]),
+    )
+    best = {name: (name, int(ranked[name].argmax())) for name in gates.layers}
+    may_go = [layer for layer in layers if layer != best[layer[0]]]
+    expected = sum(float((1 - chances[name]).sum()) for name in gates.layers)
+    for num in sorted(range(len(may_go) + 1), key=lambda num: (abs(num - expected), num)):
+        yield frozenset(may_go[:num])
+
+
+def _ranks(scores: Mapping[str, Tensor]) -> Masks:
+    """Return the ranks of scores among those of all parts, from 0 to 1; equal scores have equal ranks."""
+    values = torch.cat([each.detach().double().cpu() for each in scores.values()])
+    distinct, order = values.unique(return_inverse=True)
+    ranks = order.double() / max(len(distinct) - 1, 1)
+    return dict(zip(scores, ranks.split([len(each) for each in scores.values()]), strict=True))

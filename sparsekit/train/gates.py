@@ -13,14 +13,15 @@ The log-alphas of all units are one vector, so that a step is a few operations h
 """
 
 import math
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from sparsekit.archs import Width, find_blocks, find_widths
 from sparsekit.methods.structured.slicegpt import Stream
+from sparsekit.plan import Cut
 from sparsekit.registry import unknown
 
 Masks = dict[str, Tensor]
@@ -151,10 +152,11 @@ class Gates(nn.Module):
 
         The chance that its gate is above 0; of gates that are not stochastic, sigmoid(alpha / beta).
         """
-        return self.split(self._p_open())
+        return self.split(self.chance(self.log_alpha))
 
-    def _p_open(self) -> Tensor:
-        shifted = self.log_alpha - BETA * math.log(-LOW / HIGH) if self.stochastic else self.log_alpha / BETA
+    def chance(self, log_alpha: Tensor) -> Tensor:
+        """Return how much units with these log-alphas count; see `p_open`."""
+        shifted = log_alpha - BETA * math.log(-LOW / HIGH) if self.stochastic else log_alpha / BETA
         return torch.sigmoid(shifted).clamp(EPS, 1 - EPS)
 
     @torch.no_grad()
@@ -178,3 +180,72 @@ class Gates(nn.Module):
         inside = self.log_alpha.clamp(-LIMIT, LIMIT)
         self.excess += self.log_alpha - inside
         self.log_alpha.copy_(inside)
+
+    def cuts(self, masks: Masks) -> dict[str, Cut]:
+        """Return masks as cuts of a plan; parts of which all is left are missing.
+
+        Layers come first, and heads and channels have the names that they have in the model without the layers that
+        went, as `Plan.cuts` has it.
+
+        Args:
+            masks: a unit stays if its mask is above 0; a layer that goes takes its heads and channels with it.
+        Raises:
+            ValueError: nothing is left of a part.
+        """
+        cuts: dict[str, Cut] = {}
+        renamed = {name: name for name in masks}
+        for name, blocks in self.layers.items():
+            kept = (masks[name] > 0).nonzero().flatten().tolist()
+            places = {blocks[index]: f"{name}.{place}" for place, index in enumerate(kept)}
+            for part in masks:
+                for block in blocks:
+                    if part.startswith(f"{block}."):
+                        renamed[part] = places[block] + part.removeprefix(block) if block in places else ""
+        for name, mask in sorted(masks.items(), key=lambda each: self.kinds[each[0]] != "layers"):
+            kept = (mask > 0).nonzero().flatten().cpu()
+            if renamed[name] and len(kept) < len(mask):
+                cuts[renamed[name]] = Cut(kept, len(mask), self.kinds[name])
+        return cuts
+
+    def _initial(self, initial: float | Mapping[str, Tensor]) -> Tensor:
+        """Return the log-alphas to begin with, within their limits."""
+        if not isinstance(initial, Mapping):
+            if not math.isfinite(initial):
+                raise ValueError(f"{initial=} is no log-alpha: use {OPEN:.3g} for gates that are open")
+            return torch.full((sum(self.sizes.values()),), float(initial)).clamp(-LIMIT, LIMIT)
+        for name, values in initial.items():
+            if name not in self.sizes:
+                raise ValueError(unknown("part with gates", name, self.names))
+            if values.shape != (self.sizes[name],) or not bool(values.isfinite().all()):
+                raise ValueError(
+                    f"the initial log-alphas of {name} must be {self.sizes[name]} finite numbers, got shape "
+                    f"{tuple(values.shape)}"
+                )
+        given = [
+            initial[name].detach().float().cpu() if name in initial else torch.full((size,), OPEN)
+            for name, size in self.sizes.items()
+        ]
+        return torch.cat(given).clamp(-LIMIT, LIMIT)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move to another device, but not to another dtype: a step of the optimizer would be lost in rounding."""
+        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
+
+
+def lean(scores: Mapping[str, Tensor], low: float = 0.0) -> Masks:
+    """Return log-alphas to begin with, by name: those of the worst unit are `low`, of the best half `OPEN`.
+
+    In between they go with the rank among the units of one part, so that scores need not be comparable across parts.
+    Gates that are likely to go then have a shorter way.
+
+    Args:
+        scores: name -> what each unit is worth, [num_units].
+        low: log-alpha of the worst unit.
+    """
+    found = {}
+    for name, values in scores.items():
+        rank = torch.empty(len(values)).index_copy_(
+            0, values.cpu().argsort(stable=True), torch.linspace(0, 1, len(values))
+        )
+        found[name] = low + (OPEN - low) * (2 * rank).clamp_max(1)
+    return found
