@@ -58,6 +58,9 @@ _TRAINING = {
     "MaskLLM": "MaskLLMConfig",
     "MaskLLMConfig": "MaskLLMConfig",
     "MaskLLMTrainer": "MaskLLMTrainer",
+    "NutePrune": "NutePruneConfig",
+    "NutePruneConfig": "NutePruneConfig",
+    "NutePruneTrainer": "NutePruneTrainer",
 }
 """Name here -> name in `sparsekit.train`, which takes transformers along and so waits until it is asked for."""
 

@@ -161,7 +161,11 @@ def _check_format(format: str, pattern: Pattern) -> None:
 METHODS: Registry["type[OneShot] | type[StructuredMethod]"] = Registry("method")
 """Name of a method that does not train -> config class."""
 
-TRAINED = {"ast": "sparsekit.train:ASTConfig", "maskllm": "sparsekit.train:MaskLLMConfig"}
+TRAINED = {
+    "ast": "sparsekit.train:ASTConfig",
+    "maskllm": "sparsekit.train:MaskLLMConfig",
+    "nuteprune": "sparsekit.train:NutePruneConfig",
+}
 """Name of a trained method -> where its config class is; they need transformers, so each is imported when asked for."""
 
 

@@ -4,5 +4,15 @@ from sparsekit.train.ast_config import ASTConfig
 from sparsekit.train.ast_trainer import ASTTrainer
 from sparsekit.train.maskllm_config import MaskLLMConfig
 from sparsekit.train.maskllm_trainer import MaskLLMTrainer
+from sparsekit.train.nuteprune_config import NutePruneConfig
+from sparsekit.train.nuteprune_trainer import NutePruneTrainer, family
 
-__all__ = ["ASTConfig", "ASTTrainer", "MaskLLMConfig", "MaskLLMTrainer"]
+__all__ = [
+    "ASTConfig",
+    "ASTTrainer",
+    "MaskLLMConfig",
+    "MaskLLMTrainer",
+    "NutePruneConfig",
+    "NutePruneTrainer",
+    "family",
+]

@@ -76,14 +76,16 @@ class SparseTrainingArguments(TrainingArguments):
             self.use_cpu = True  # without it bf16 is refused, even where the processor has it
         super().__post_init__()
         self._refuse_what_is_not_done()
-        parsed = parse_pattern(self.pattern)
-        if not isinstance(parsed, NM):
-            raise ValueError(f"pattern={self.pattern!r}: masks are trained for N:M patterns, as '2:4'")
-        self.pattern = str(parsed)
+        self._check_pattern()
+        self.pattern = str(parse_pattern(self.pattern))
         check_whole("max_seq_length", self.max_seq_length, at_least=2)
         for name in ("targets", "ignore"):
             value = getattr(self, name)
             setattr(self, name, [value] if isinstance(value, str) or callable(value) else list(value or ()))
+
+    def _check_pattern(self) -> None:
+        if not isinstance(parse_pattern(self.pattern), NM):
+            raise ValueError(f"pattern={self.pattern!r}: masks are trained for N:M patterns, as '2:4'")
 
     def _refuse_wrong_types(self) -> None:
         """Raise ValueError where a switch is neither True nor False, as "no" is not, which would count as True."""

@@ -53,18 +53,21 @@ class Teacher(nn.Module):
             Models of transformers whose logits are made of their base model's hidden states by the output embedding,
             scaled or soft-capped, are split there; that this gives the model's own logits is checked in the first
             call. Others give whole logits, and a warning says so.
+        freezes: False leaves the model as it is, for one that is student and teacher in turn; who calls then puts it in
+            eval mode.
     Attributes:
         hidden_states: of the last call, if asked for: the embedding, then the output of each block [B, L, d].
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, freezes: bool = True) -> None:
         super().__init__()
-        self.model = model.requires_grad_(False)
+        self.model = model.requires_grad_(False) if freezes else model
         self.hidden_states: tuple[Tensor, ...] = ()
         self._takes = inspect.signature(model.forward).parameters
         self._head = _output_head(model)
         self._is_head_checked = False
-        self.eval()
+        if freezes:
+            self.eval()
 
     def train(self, mode: bool = True) -> "Teacher":
         """Stay in eval mode."""

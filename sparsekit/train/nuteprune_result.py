@@ -1,0 +1,149 @@
+"""What NutePrune leaves: a plan of cuts, what goes made dead in the model, and the family of models of one run."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsekit.interrupt import uninterrupted
+from sparsekit.nn import SideLinear, replace_layer_, side_layers
+from sparsekit.nn.side import without_branch
+from sparsekit.plan import Cut, Plan
+from sparsekit.shorten import _silence_
+from sparsekit.snapshot import Snapshot
+from sparsekit.surgery import apply_
+from sparsekit.targets import weight_NK
+from sparsekit.train.adapters import add_lora, as_side_, lora_parameters, merge_
+from sparsekit.train.gates import Gates, Masks
+from sparsekit.train.nuteprune_config import NutePruneConfig
+from sparsekit.train.nuteprune_student import Member
+
+
+def cuts_of(gates: Gates, masks: Masks) -> dict[str, Cut]:
+    """Return what boolean masks leave, as `Plan.cuts`: by the names that parts have once whole layers are gone."""
+    cuts: dict[str, Cut] = {}
+    places: dict[str, str | None] = {}
+    for name, blocks in gates.layers.items():
+        kept = masks[name].nonzero().flatten()
+        if len(kept) < len(blocks):
+            cuts[name] = Cut(kept, len(blocks), "layers")
+        new = {old: f"{name}.{place}" for place, old in enumerate(kept.tolist())}
+        places |= {f"{block}.": new.get(index) for index, block in enumerate(blocks)}
+    for name, kind in gates.kinds.items():
+        if kind == "layers" or bool(masks[name].all()):
+            continue
+        block = next((block for block in places if name.startswith(block)), None)
+        place = "" if block is None else places[block]
+        if place is not None:
+            own = name if block is None else f"{place}.{name.removeprefix(block)}"
+            cuts[own] = Cut(masks[name].nonzero().flatten(), len(masks[name]), kind)
+    return cuts
+
+
+@torch.no_grad()
+def deaden_(model: nn.Module, gates: Gates, masks: Masks, batch: Mapping[str, Tensor]) -> list[str]:
+    """Write zeros where the model reads what goes, and return what a reader of the plan must know.
+
+    Args:
+        model: plain, in its full shapes, LoRA in its weights.
+        batch: to see whether layers that go pass on their input.
+    """
+    notes = []
+    for name, blocks in gates.layers.items():
+        gone = [block for block, stays in zip(blocks, masks[name].tolist(), strict=True) if not stays]
+        alive = [block for block in gone if not _silence_(model, block, dict(batch), Snapshot(model))]
+        if alive:
+            notes.append(f"{alive[0]} cannot pass on its input by zeros in its weights: apply_ takes it out")
+    for width in gates.widths:
+        columns = width.columns_of(_gone(masks[width.name]))
+        reader = model.get_submodule(width.name)
+        weight_NK(reader)[:, columns.to(weight_NK(reader).device)] = 0
+        if isinstance(reader, SideLinear) and reader.side_X is not None:
+            reader.side_X[:, columns.to(reader.side_X.device)] = 0
+    if gates.stream is not None:
+        gone = _gone(masks[gates.stream.embedding])
+        table = model.get_submodule(gates.stream.embedding).get_parameter("weight")
+        table[:, gone.to(table.device)] = 0
+        for writer in gates.stream.writers:
+            layer = model.get_submodule(writer)
+            weight_NK(layer)[gone.to(weight_NK(layer).device)] = 0
+            if isinstance(bias := layer._parameters.get("bias"), Tensor):
+                bias[gone.to(bias.device)] = 0
+    return notes
+
+
+def settle_(
+    adapted: Any, args: NutePruneConfig, gates: Gates | None, masks: Masks, plan: Plan, batch: Mapping[str, Tensor]
+) -> nn.Module:
+    """Return the plain model with its LoRA in the weights or beside them, and what goes dead; the same object.
+
+    Raises:
+        NonFiniteError: the LoRA holds NaN or infinity. Nothing was changed.
+    """
+    with uninterrupted():
+        model = merge_(adapted) if args.merge_lora else as_side_(adapted, plan)
+        if gates is not None:
+            plan.notes += deaden_(model, gates, masks, batch)
+    return model
+
+
+class Family(Mapping[float, tuple[Plan, nn.Module]]):
+    """The models of one run, by the sparsity that was asked for: each a plan, and a model that is cut to it.
+
+    Each is made when it is asked for, from a copy of the model that was trained, so only those that you hold take
+    memory.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: NutePruneConfig,
+        gates: Gates | None,
+        plan: Plan,
+        members: Mapping[float, Member],
+        dense: Mapping[str, Tensor],
+        batch: Mapping[str, Tensor],
+    ) -> None:
+        self._model, self._args, self._gates, self._plan = model, args, gates, plan
+        self._members, self._dense, self._batch = members, dense, batch
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __iter__(self) -> Iterator[float]:
+        return iter(self._members)
+
+    def __getitem__(self, sparsity: float) -> tuple[Plan, nn.Module]:
+        member, model = self._members[sparsity], copy.deepcopy(self._model)
+        for name, layer in side_layers(model).items():
+            replace_layer_(model, name, without_branch(layer))
+        for name in {name.rpartition(".")[0] for name in self._dense}:
+            layer = model.get_submodule(name)
+            for key, parameter in layer.named_parameters(recurse=False):
+                parameter.data.copy_(self._dense[f"{name}.{key}"])
+        adapted = add_lora(model, self._args)
+        with torch.no_grad():
+            for name, parameter in lora_parameters(adapted).items():
+                parameter.copy_(member.lora[name])
+        plan = self.plan(sparsity)
+        model = settle_(adapted, self._args, self._gates, member.projected.masks, plan, self._batch)
+        return plan, apply_(model, plan).eval()
+
+    def plan(self, sparsity: float) -> Plan:
+        """Return the plan of one of the models, which takes no memory to speak of."""
+        member = self._members[sparsity]
+        assert self._gates is not None
+        made_by = replace(self._plan.made_by, config={**self._plan.made_by.config, "sparsity": sparsity})
+        return Plan(
+            made_by=made_by,
+            notes=[*self._plan.notes, *member.projected.notes],
+            cuts=cuts_of(self._gates, member.projected.masks),
+        )
+
+
+def _gone(mask: Tensor) -> Tensor:
+    """Return the units that a boolean mask closes, int64, on the CPU."""
+    return (~mask.cpu()).nonzero().flatten()

@@ -1,0 +1,341 @@
+"""What NutePrune puts on a model to prune it: gates with their constraint, LoRA, masks, and the teachers on the way.
+
+The model's own weights stay as they are all the while. A step goes
+
+    begin_step    choose the teacher; draw the gates, once for all micro-batches of the step
+    (forward and backward passes: the gradients of the masks gather in leaves of their own)
+    pull_         average those over processes, take them on to the gates, and add the constraint's; look for marks
+    (the optimizer's step)
+    end_step      clamp the gates; when their time has come, choose the units that stay, within the budget exactly
+
+so nothing changes between a forward and its backward, and the gates are the same on all processes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sparsekit.archs import Width
+from sparsekit.train.adapters import add_lora
+from sparsekit.train.constraint import AugmentedLagrangian, Constraint, Projected, target_at
+from sparsekit.train.gates import Gates, Masks
+from sparsekit.train.masked import Masked, leaves_of, pass_gradients_
+from sparsekit.train.numerous import Probe, Roles, Snapshot, Snapshots, TeacherSchedule
+from sparsekit.train.nuteprune_config import NutePruneConfig
+from sparsekit.train.trainer import from_first_rank
+
+
+@dataclass(frozen=True)
+class Member:
+    """A model of the family that a run passes on the way: which units are left, and the LoRA that goes with them.
+
+    Attributes:
+        sparsity: as it was asked for.
+        projected: what is left.
+        lora: name of the parameter -> its value, on the CPU.
+    """
+
+    sparsity: float
+    projected: Projected
+    lora: dict[str, Tensor]
+
+
+class Student:
+    """A model with gates and LoRA; it plays its own teachers.
+
+    Args:
+        model: dense; on its device.
+        args: of the run.
+        widths: heads and channels that may go.
+        probe: a batch on which distances to teachers are measured.
+        length: tokens of a sequence, where the config gives none.
+        folder: for snapshots, where they are to lie on disk.
+    Attributes:
+        gates: None where nothing is to go; as `constraint` and `lagrangian`.
+        adapted: the model with its LoRA, a `PeftModel`.
+        projected: what stays, once that is settled.
+        members: the sparsities that were kept on the way.
+        target, expected: sparsity that the last step aimed at, and that of its gates.
+    Raises:
+        ValueError: the budget cannot be reached, or the model takes no LoRA.
+        Unsupported: the model's parts are not known.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: NutePruneConfig,
+        *,
+        widths: list[Width],
+        probe: Mapping[str, Tensor],
+        length: float,
+        folder: Path | None,
+    ) -> None:
+        self.args = args
+        self.gates: Gates | None = None
+        self.constraint: Constraint | None = None
+        self.lagrangian: AugmentedLagrangian | None = None
+        if args.prunes:
+            self.gates = Gates.of(model, args.kinds, widths=widths, stochastic=args.gates == "hard_concrete")
+            constraint = _constraint(model, self.gates, args, widths, length)
+            self.constraint = _same_times_everywhere(constraint, args.device)
+            self.lagrangian = self.constraint.lagrangian().to(self.gates.log_alpha.device)
+        self.adapted = add_lora(model, args)
+        self.masked = Masked(self.adapted, []) if self.gates is None else Masked.of(self.adapted, self.gates)
+        self.roles = Roles(self.adapted, self.masked)
+        self.snapshots = Snapshots(folder, dtype=torch.bfloat16)
+        self.schedule: TeacherSchedule | None = None
+        self.teacher: Snapshot | None = None
+        self.projected: Projected | None = None
+        self.members: list[Member] = []
+        self.target = self.expected = 0.0
+        self.warmup_steps = self.freeze_step = 0
+        self._probe = Probe(self.roles, probe)
+        self._drawn: Masks = {}
+        self._leaves: Masks = {}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return LoRA, gates and multipliers, for an AdamW; the last climb."""
+        args = self.args
+        lora = [parameter for parameter in self.adapted.parameters() if parameter.requires_grad]
+        groups: list[dict[str, Any]] = [{"params": lora, "lr": args.learning_rate, "weight_decay": args.weight_decay}]
+        if self.gates is not None and self.lagrangian is not None:
+            gates, multipliers = list(self.gates.parameters()), list(self.lagrangian.parameters())
+            groups.append({"params": gates, "lr": args.gate_learning_rate, "weight_decay": 0.0})
+            groups.append(
+                {"params": multipliers, "lr": args.multiplier_learning_rate, "weight_decay": 0.0, "maximize": True}
+            )
+        return groups
+
+    def plan_steps(self, num_steps: int) -> None:
+        """Lay the schedules out over the steps of a run.
+
+        Raises:
+            ValueError: the run is too short for them.
+        """
+        args = self.args
+        self.warmup_steps = round(num_steps * args.sparsity_warmup)
+        self.freeze_step = num_steps - round(num_steps * args.frozen_share)
+        if args.prunes and self.warmup_steps > self.freeze_step:
+            raise ValueError(
+                f"sparsity_warmup={args.sparsity_warmup:g} of {num_steps} steps ends at {self.warmup_steps}, and gates "
+                f"are frozen from {self.freeze_step} on (frozen_share={args.frozen_share:g}): train longer, or lower "
+                "one of them"
+            )
+        target = 0.0 if self.constraint is None else self.constraint.target
+        kind = "intact" if target <= 0 and args.teachers != "none" else args.teachers
+        self.schedule = TeacherSchedule(
+            kind,
+            self.snapshots,
+            target=target if 0 < target < 1 else 0.5,
+            num_steps=num_steps,
+            warmup_steps=self.warmup_steps,
+            interval=args.teacher_steps,
+        )
+
+    # --- a step ----------------------------------------------------------------------------------------------------
+
+    def begin_step(self, step: int) -> None:
+        """Choose the teacher of a step, and draw its gates."""
+        assert self.schedule is not None
+        self.teacher = self.schedule.teacher(step, lambda: self._probe.distances(self.snapshots, self.settled()))
+        self.masked.masks = self._masks_of(step)
+
+    def _masks_of(self, step: int) -> Masks | None:
+        if self.gates is None or self.projected is not None:
+            return self.settled()
+        generator = torch.Generator().manual_seed((self.args.seed << 32) + step)
+        self._drawn = self.gates.sample(generator)
+        self._leaves = leaves_of(self._drawn)
+        return self._leaves
+
+    def settled(self) -> Masks | None:
+        """Return the masks that the model has as it stands, without noise; None where it has none."""
+        if self.gates is None:
+            return None
+        if self.projected is None:
+            return self.gates.paper_masks()
+        device = self.gates.log_alpha.device
+        return {name: mask.to(device) for name, mask in self.projected.masks.items()}
+
+    def pull_(self, step: int) -> None:
+        """Take the gradients of the masks on to the gates, with those of the constraint; and look for marks."""
+        if self.gates is None or self.constraint is None or self.lagrangian is None or self.projected is not None:
+            return
+        _average_(self._leaves, self.args.world_size)
+        pass_gradients_(self._drawn, self._leaves)
+        self._drawn, self._leaves = {}, {}
+        self.target = target_at(step, self.warmup_steps, self.constraint.target, self.args.ramp)
+        p_open = self.gates.p_open()
+        self.lagrangian.penalty(*self.constraint.terms(p_open, self.target)).backward()
+        self.expected = float(self.constraint.cost.sparsity(p_open).detach())
+        assert self.schedule is not None
+        self.schedule.observe(step, self.expected, self._take)
+        for sparsity in self._missing_members():
+            if self.expected >= sparsity:
+                self._keep(sparsity)
+
+    def gate_gradient(self) -> float:
+        """Return the norm of the gates' gradient; 0 where there is none."""
+        gradient = None if self.gates is None else self.gates.log_alpha.grad
+        return 0.0 if gradient is None else float(gradient.norm())
+
+    def end_step(self, num_done: int) -> None:
+        """Put gates within their limits; and choose what stays, if it is time."""
+        if self.gates is None or self.lagrangian is None or self.projected is not None:
+            return
+        self.gates.clamp_()
+        self.gates.zero_grad()
+        self.lagrangian.zero_grad()
+        if num_done >= self.freeze_step:
+            self.freeze_(num_done)
+
+    def freeze_(self, num_done: int) -> None:
+        """Choose the units that stay from now on."""
+        assert self.gates is not None and self.constraint is not None and self.schedule is not None
+        for sparsity in self._missing_members():
+            self._keep(sparsity, f"gates did not get to {sparsity:.0%} on the way: these are the last ones, cut to it")
+        self.projected = self.constraint.project(self.gates)
+        self.target = self.expected = self.projected.sparsity
+        self.schedule.reach(num_done)
+
+    def _take(self) -> None:
+        assert self.gates is not None
+        self.snapshots.take(self.expected, self.gates.paper_masks(), self.roles.lora())
+
+    def _missing_members(self) -> list[float]:
+        kept = {member.sparsity for member in self.members}
+        return [sparsity for sparsity in self.args.keep if sparsity not in kept]
+
+    def _keep(self, sparsity: float, *notes: str) -> None:
+        assert self.gates is not None and self.constraint is not None
+        projected = self.constraint.project(self.gates, sparsity=sparsity)
+        projected = replace(projected, notes=[*projected.notes, *notes])
+        self.members.append(Member(sparsity, projected, self._lora()))
+
+    def _lora(self) -> dict[str, Tensor]:
+        return {name: value.to("cpu", copy=True) for name, value in self.roles.lora().items()}
+
+    def last_member(self) -> Member:
+        """Return what the run ends with."""
+        assert self.projected is not None
+        return Member(self.projected.sparsity, self.projected, self._lora())
+
+    def log(self) -> dict[str, float]:
+        """Return the numbers of the last step, for the log."""
+        assert self.schedule is not None
+        found = {"teacher_sparsity": self.schedule.teacher_sparsity} if self.schedule.teaches else {}
+        if self.gates is None or self.constraint is None or self.lagrangian is None:
+            return found
+        settled = self.settled()
+        assert settled is not None
+        with torch.no_grad():
+            linear, square = (float(each.mean()) for each in self.lagrangian.multipliers)
+        real = 1 - self.constraint.cost.of_masks(settled) / self.constraint.cost.dense
+        found |= {"target_sparsity": self.target, "expected_sparsity": self.expected, "real_sparsity": real}
+        return found | {"multiplier_linear": linear, "multiplier_square": square}
+
+    # --- what a checkpoint holds -----------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all that a resumed run needs beside the optimizer's state, by name."""
+        state = {f"lora.{name}": value for name, value in self.roles.lora().items()}
+        for prefix, module in (("gates", self.gates), ("lagrangian", self.lagrangian)):
+            state |= {} if module is None else {f"{prefix}.{name}": x for name, x in module.state_dict().items()}
+        if self.constraint is not None:
+            curves = self.constraint.cost.costs.curves
+            state |= {f"costs.{name}": torch.from_numpy(curve) for name, curve in curves.items()}
+        state |= {f"snapshots.{name}": value for name, value in self.snapshots.state_dict().items()}
+        if self.projected is not None:
+            state |= {f"projected.{name}": mask for name, mask in self.projected.masks.items()}
+        for index, member in enumerate(self.members):
+            state |= {f"member.{index}.masks.{name}": mask for name, mask in member.projected.masks.items()}
+            state |= {f"member.{index}.lora.{name}": value for name, value in member.lora.items()}
+        return {name: value.detach().to("cpu").contiguous() for name, value in state.items()}
+
+    def numbers(self) -> dict[str, Any]:
+        """Return the rest of it, fit for JSON."""
+        fixed = None if self.constraint is None else self.constraint.cost.costs.fixed
+        return {
+            "schedule": None if self.schedule is None else self.schedule.state_dict(),
+            "fixed_cost": fixed,
+            "projected": None if self.projected is None else _numbers(self.projected),
+            "members": [{"sparsity": each.sparsity, **_numbers(each.projected, "real")} for each in self.members],
+            "sparsities": [self.target, self.expected],
+        }
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Go on from what `tensors` and `numbers` gave; the schedule is loaded apart, once it is made."""
+        lora = _under("lora", tensors)
+        for name, value in self.roles.lora().items():
+            value.copy_(lora[name])
+        if self.gates is not None and self.lagrangian is not None and self.constraint is not None:
+            self.gates.load_state_dict(_under("gates", tensors))
+            self.lagrangian.load_state_dict(_under("lagrangian", tensors))
+            curves = {name: curve.numpy() for name, curve in _under("costs", tensors).items()}
+            self.constraint = _with_costs(self.constraint, curves, int(numbers["fixed_cost"]))
+        self.snapshots.load(_under("snapshots", tensors))
+        if numbers["projected"] is not None:
+            self.projected = _projected(_under("projected", tensors), numbers["projected"])
+        for index, each in enumerate(numbers["members"]):
+            masks, lora = (_under(f"member.{index}.{part}", tensors) for part in ("masks", "lora"))
+            self.members.append(Member(each["sparsity"], _projected(masks, each, "real"), lora))
+        self.target, self.expected = numbers["sparsities"]
+
+
+def _constraint(
+    model: nn.Module, gates: Gates, args: NutePruneConfig, widths: list[Width], length: float
+) -> Constraint:
+    names = ("round_to", "tensor_parallel", "uniform", "min_heads", "min_channels", "batch")
+    given: dict[str, Any] = {name: getattr(args, name) for name in names}
+    return Constraint.of(model, gates, args.budget, widths=widths, length=args.length or length, **given)
+
+
+def _with_costs(constraint: Constraint, curves: dict[str, np.ndarray], fixed: int) -> Constraint:
+    """Return the constraint with these costs in place of its own: no time is measured twice alike."""
+    cost = replace(constraint.cost, costs=replace(constraint.cost.costs, curves=curves, fixed=fixed))
+    most = constraint.budget.limits(cost.costs)[1] + (fixed if cost.whole else 0)
+    return replace(constraint, cost=cost, target=max(1 - most / cost.dense, 0.0))
+
+
+def _same_times_everywhere(constraint: Constraint, device: torch.device) -> Constraint:
+    """Return the constraint with the times that the first process measured."""
+    costs = constraint.cost.costs
+    if costs.measure != "ns" or not torch.distributed.is_initialized():
+        return constraint
+
+    def first(numbers: np.ndarray) -> np.ndarray:
+        return from_first_rank(torch.from_numpy(numbers).to(device)).cpu().numpy()
+
+    curves = {name: first(curve) for name, curve in costs.curves.items()}
+    return _with_costs(constraint, curves, int(first(np.array([costs.fixed]))[0]))
+
+
+def _average_(leaves: Masks, num_processes: int) -> None:
+    """Average the gradients of leaves over processes."""
+    if num_processes < 2:
+        return
+    gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves.values()]
+    together = torch.cat(gradients)
+    torch.distributed.all_reduce(together)
+    together /= num_processes
+    for leaf, gradient in zip(leaves.values(), together.split([len(each) for each in gradients]), strict=True):
+        leaf.grad = gradient
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{prefix}."): x for name, x in tensors.items() if name.startswith(f"{prefix}.")}
+
+
+def _numbers(projected: Projected, sparsity: str = "sparsity") -> dict[str, Any]:
+    return {"cost": projected.cost, sparsity: projected.sparsity, "notes": projected.notes}
+
+
+def _projected(masks: Masks, numbers: Mapping[str, Any], sparsity: str = "sparsity") -> Projected:
+    return Projected(masks, numbers["cost"], numbers[sparsity], list(numbers["notes"]))

@@ -1,0 +1,390 @@
+"""NutePrune: learn which heads and channels go, with the model itself as its numerous teachers (arXiv 2402.09773).
+
+The weights are frozen. Gates on the units are drawn in each step, and held to a sparsity that rises; LoRA makes up for
+what they close; what teaches is the same model under earlier gates and LoRA, or none. For the last steps the gates are
+settled, within the budget exactly. Then LoRA goes into the weights, what is closed becomes dead, and `apply_` cuts it
+out. See `nuteprune_student` for the step, and `nuteprune_result` for what comes out.
+"""
+
+import hashlib
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerCallback
+
+from sparsekit.archs import Width, find_widths, vocabulary_size
+from sparsekit.errors import CheckpointError, Unsupported
+from sparsekit.files import replace_file
+from sparsekit.methods.structured.slicegpt import Stream, _untie_, is_tied
+from sparsekit.plan import MadeBy, Plan
+from sparsekit.prune import installed_versions
+from sparsekit.prune_structured import _left_whole, _targeted
+from sparsekit.snapshot import Snapshot, restored_on_failure
+from sparsekit.targets import find_targets, show_entries
+from sparsekit.thin_stream import _left_out
+from sparsekit.train.adapters import _refuse as refuse_adapters
+from sparsekit.train.data import collate
+from sparsekit.train.nuteprune_config import NutePruneConfig
+from sparsekit.train.nuteprune_loss import student_loss
+from sparsekit.train.nuteprune_result import Family, cuts_of, settle_
+from sparsekit.train.nuteprune_student import Member, Student
+from sparsekit.train.restore import restored_whole_on_failure
+from sparsekit.train.teachers import Teacher
+from sparsekit.train.trainer import SparseTrainer, TrainingDiverged, own_state_of, shifted
+
+STATE_FILE = "nuteprune.safetensors"
+"""In every checkpoint: LoRA, gates, multipliers, snapshots, and what was kept; the weights are those of the model."""
+
+PROBES = 8
+"""Samples on which distances to teachers are measured."""
+
+
+class NutePruneTrainer(SparseTrainer):
+    """Prunes a causal language model while training LoRA; see `NutePruneConfig` for what can be chosen.
+
+    `train` returns with the model in its full shapes, LoRA merged, and what goes dead: `sparsekit.apply_(model,
+    trainer.plan())` cuts it out. Where it fails, the model is bit for bit what it was.
+
+    Args:
+        model: the dense model.
+        args: what to do.
+        train_dataset, eval_dataset: text, or tokens; see `sparsekit.train.data.training_samples`.
+        processing_class: tokenizer, for text.
+        **kwargs: of `transformers.Trainer`.
+    Raises:
+        ValueError: bad arguments or data, or a model with adapters.
+        Unsupported: FSDP or DeepSpeed, or a model whose parts are not known.
+    """
+
+    args: NutePruneConfig
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: NutePruneConfig,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        refuse_adapters(model)
+        layers = find_targets(model, args.targets, args.ignore)
+        self._widths: list[Width] = _targeted(find_widths(model), layers) if args.prunes else []
+        if args.hidden and args.prunes:
+            stream = Stream.of(model)
+            if left_out := _left_out(stream, layers):
+                raise ValueError(
+                    f"hidden=True, and targets and ignore leave out {left_out}, which reads or writes hidden "
+                    "dimensions: leave them at their defaults"
+                )
+            if is_tied(model, stream) and not args.untie:
+                raise ValueError(
+                    f"hidden=True, and {stream.head} shares its weight with {stream.embedding}: untie=True gives it "
+                    "one of its own, or leave hidden out"
+                )
+        super().__init__(model, args, train_dataset, eval_dataset, processing_class, **kwargs)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise Unsupported("gates are learnt beside the model, which cannot be sharded then: use DDP")
+        self.notes += _left_whole(model, self._widths, layers) if self._widths else []
+        self._base = _digest(model)
+        self._student: Student | None = None
+        self._teacher: Teacher | None = None
+        self._plan: Plan | None = None
+        self._family: Family | None = None
+        self.add_callback(_Steps(self))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; as `SparseTrainer.train`. The model is plain again afterwards, whatever happens."""
+        if self._plan is not None:
+            raise ValueError("this trainer has pruned its model already: a new one starts anew, or resumes")
+        model = self.accelerator.unwrap_model(self.model)
+        try:
+            with restored_on_failure(model) as snapshot:
+                self._untie_(model, snapshot)
+                with restored_whole_on_failure(model, twin=model):
+                    result = super().train(*args, **kwargs)
+                    self._settle_(model)
+        finally:
+            self._student = self._teacher = None
+        return result
+
+    def _untie_(self, model: nn.Module, snapshot: Snapshot) -> None:
+        if self.args.hidden and self.args.prunes and is_tied(model, stream := Stream.of(model)):
+            _untie_(model, stream, snapshot)
+            self.notes.append(f"{stream.head} no longer shares its weight with {stream.embedding}")
+
+    # --- before the first step -------------------------------------------------------------------------------------
+
+    def _before_training(self, checkpoint: str | None) -> None:
+        """Put gates and LoRA on the model; a resumed run reads them from its checkpoint."""
+        args, model = self.args, self.accelerator.unwrap_model(self.model)
+        samples = self.train_samples
+        if samples is None:
+            raise ValueError("train_dataset is missing: training needs data")
+        folder = None
+        if args.snapshots_on_disk:
+            folder = Path(args.output_dir or ".") / "snapshots" / str(args.process_index)
+        self._student = Student(
+            model,
+            args,
+            widths=self._widths,
+            probe=self._probe(),
+            length=sum(len(sample["input_ids"]) for sample in samples.samples) / len(samples),
+            folder=folder,
+        )
+        self._teacher = Teacher(model, freezes=False)
+        if checkpoint is not None:
+            if not (Path(checkpoint) / STATE_FILE).is_file():
+                raise CheckpointError(f"{checkpoint} holds no {STATE_FILE}: resume from another checkpoint")
+            self._student.load(load_file(Path(checkpoint) / STATE_FILE), own_state_of(checkpoint))
+
+    def _probe(self) -> dict[str, Tensor]:
+        """Return a batch of training samples without labels, the same on all processes."""
+        samples = [{key: value[0] for key, value in sample.items()} for sample in self.calibration_samples(PROBES)]
+        return {key: value for key, value in collate(samples).items() if key != "labels"}
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """The weights are the model's own, and the rest is read in `_before_training`."""
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            args = self.args
+            self.optimizer = torch.optim.AdamW(
+                self.student.parameter_groups(), betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon
+            )
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Return the schedule of LoRA; gates and multipliers have constant rates."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if not isinstance(scheduler, LambdaLR):
+            raise ValueError(
+                f"lr_scheduler_type={str(self.args.lr_scheduler_type)!r} changes the rate of gates, too: take one that "
+                "is known in advance, as 'linear' or 'cosine'"
+            )
+        others = len(scheduler.optimizer.param_groups) - 1
+        self.lr_scheduler = LambdaLR(scheduler.optimizer, [scheduler.lr_lambdas[0], *[_constant] * others])
+        return self.lr_scheduler
+
+    @property
+    def student(self) -> Student:
+        """What is being trained."""
+        if self._student is None:
+            raise ValueError("nothing is being trained: call train()")
+        return self._student
+
+    # --- steps -----------------------------------------------------------------------------------------------------
+
+    def begin_training(self) -> None:
+        """Lay out the schedules over the steps; accelerate has wrapped the model by now."""
+        self.without_fp32_copies()
+        self.student.plan_steps(self.state.max_steps)
+        if self.state.global_step and self._checkpoint is not None:
+            assert self.student.schedule is not None
+            self.student.schedule.load_state_dict(own_state_of(self._checkpoint)["schedule"])
+
+    def begin_step(self) -> None:
+        """Choose the teacher, and draw the gates that all micro-batches of the step see."""
+        with self.accelerator.autocast():
+            self.student.begin_step(self.state.global_step)
+
+    def before_step(self) -> None:
+        """Bring the gates' gradients together."""
+        self.student.pull_(self.state.global_step)
+        self._refuse_non_finite("norm of the gradients of the gates", self.student.gate_gradient())
+
+    def end_step(self) -> None:
+        """Clamp gates; settle them when it is time."""
+        self.student.end_step(self.state.global_step)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        args, student = self.args, self._student
+        learns = model.training and student is not None
+        labels = shifted(inputs["labels"])
+        batch = {key: value for key, value in inputs.items() if key != "labels"}
+        matches_hidden = learns and args.hidden_weight > 0 and args.teachers != "none"
+        taught, taught_hidden = None, ()
+        if student is not None and not learns:
+            student.masked.masks = student.settled()
+        elif student is not None and args.teachers != "none":
+            assert self._teacher is not None
+            with self.accelerator.autocast(), student.roles.teacher(student.teacher):
+                taught = self._teacher.outputs(batch, output_hidden_states=matches_hidden)
+            taught_hidden, self._teacher.hidden_states = self._teacher.hidden_states, ()
+        outputs = model(**batch, use_cache=False, output_hidden_states=matches_hidden)
+        mask = batch.get("attention_mask")
+        total, parts = student_loss(args, outputs, taught, taught_hidden, labels, mask, num_items_in_batch)
+        if learns:
+            self.note_losses(**parts)
+        if num_items_in_batch is not None and args.average_tokens_across_devices and args.world_size > 1:
+            total = total * self.accelerator.num_processes
+        return (total, outputs) if return_outputs else total
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._student is not None:
+            logs |= self._student.log()
+        super().log(logs, start_time)
+
+    def _refuse_divergence(self, loss: float) -> None:
+        """Stop where the student knows less than if it knew nothing. That a loss rises with the sparsity is no sign."""
+        args, vocabulary = self.args, vocabulary_size(self.accelerator.unwrap_model(self.model))
+        if args.hidden_weight or args.kd_reduction != "tokens" or vocabulary is None:
+            return
+        nothing = math.log(vocabulary) * (args.kd_weight * args.temperature**2 + args.ce_weight)
+        if loss > 2 * nothing:
+            raise TrainingDiverged(
+                f"the loss is {loss:.3g} at step {self.state.global_step + 1}, and would be {nothing:.3g} at most if "
+                f"all tokens were as likely: {self.what_may_diverge()}. {self._last_checkpoint()}"
+            )
+
+    def what_may_diverge(self) -> str:
+        return (
+            f"lower learning_rate={self.args.learning_rate} or gate_learning_rate={self.args.gate_learning_rate}, or "
+            f"raise sparsity_warmup={self.args.sparsity_warmup:.2g}"
+        )
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Save as `Trainer` does; while training lasts, what it has learnt beside the weights, which stay."""
+        if self._student is None:
+            super()._save(output_dir, state_dict)
+            return
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir or ".")
+        folder.mkdir(parents=True, exist_ok=True)
+        with replace_file(folder / STATE_FILE) as temporary:
+            save_file(self._student.tensors(), temporary)
+
+    def _own_state(self) -> dict[str, Any]:
+        return self.student.numbers()
+
+    def _made_by(self) -> dict[str, Any]:
+        return super()._made_by() | {"model": self._base}
+
+    # --- after the last step ---------------------------------------------------------------------------------------
+
+    def _settle_(self, model: nn.Module) -> None:
+        """Make the model what it is to be, and write the plan."""
+        student, args = self.student, self.args
+        done = self.state.global_step
+        if done < self.state.max_steps:
+            self.notes.append(f"training ended at step {done} of {self.state.max_steps}")
+        if student.gates is not None and student.projected is None:
+            student.freeze_(done)
+        self._plan = self._plan_of(student)
+        batch = self._prepare_inputs(self._probe())
+        bare = Plan(made_by=self._plan.made_by, notes=list(self.notes))
+        members: dict[float, Member] = {each.sparsity: each for each in student.members}
+        dense: dict[str, Tensor] = {}
+        if members:
+            members[args.sparsity] = student.last_member()
+            dense = _copies(model, student)
+        student.masked.remove()
+        masks = {} if student.projected is None else student.projected.masks
+        settle_(student.adapted, args, student.gates, masks, self._plan, batch)
+        self._family = Family(model, args, student.gates, bare, members, dense, batch)
+
+    def _plan_of(self, student: Student) -> Plan:
+        args, samples, model = self.args, self.train_samples, self.accelerator.unwrap_model(self.model)
+        made_by = MadeBy(
+            method=args.method,
+            config=args.own_fields(),
+            base_model=str(getattr(model.config, "_name_or_path", "") or type(model).__name__),
+            data_digest="" if samples is None else samples.digest,
+            num_samples=0 if samples is None else len(samples),
+            sample_length=0 if samples is None else max(len(sample["input_ids"]) for sample in samples.samples),
+            seed=args.seed,
+            versions=installed_versions(),
+            updates_weights=True,
+            targets=show_entries(args.targets),
+            ignore=show_entries(args.ignore),
+        )
+        if student.gates is None or student.projected is None or student.constraint is None:
+            return Plan(made_by=made_by, notes=list(self.notes))
+        notes = [*self.notes, *student.constraint.notes, *student.projected.notes]
+        return Plan(made_by=made_by, notes=notes, cuts=cuts_of(student.gates, student.projected.masks))
+
+    def plan(self) -> Plan:
+        """Return what is left of the model.
+
+        Raises:
+            ValueError: training has not ended.
+        """
+        if self._plan is None:
+            raise ValueError("there is no plan yet: call train() first")
+        return self._plan
+
+    def trained_model(self) -> nn.Module:
+        """Return the model that was given."""
+        return self.accelerator.unwrap_model(self.model)
+
+    def family(self) -> Family:
+        """Return the models of all sparsities that were kept on the way (`keep`), and that of the run, each cut.
+
+        Raises:
+            ValueError: training has not ended, or `keep` named none.
+        """
+        if self._family is None or not len(self._family):
+            raise ValueError("there is no family: name smaller sparsities, keep=(0.1, 0.2), and call train()")
+        return self._family
+
+
+def family(trainer: NutePruneTrainer) -> Family:
+    """Return sparsity -> (plan, model that is cut to it), of all that a trainer kept on the way."""
+    return trainer.family()
+
+
+class _Steps(TrainerCallback):
+    """Tells the trainer where in a step it is."""
+
+    def __init__(self, trainer: NutePruneTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.begin_training()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.begin_step()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.before_step()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.end_step()
+
+
+def _constant(step: int) -> float:
+    return 1.0
+
+
+def _copies(model: nn.Module, student: Student) -> dict[str, Tensor]:
+    """Return the weights that settling changes, by name in the plain model, on the CPU."""
+    copies = {}
+    lora = {name.rpartition(".lora_")[0] for name in student.roles.lora()}
+    readers = [] if student.gates is None else [width.name for width in student.gates.widths]
+    stream = None if student.gates is None else student.gates.stream
+    others = [*readers, *(() if stream is None else (stream.embedding, *stream.writers))]
+    for name, module in student.adapted.named_modules():
+        plain = name.removeprefix("base_model.model.")
+        if name in lora or plain in others:
+            layer: Any = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+            for key, parameter in layer.named_parameters(recurse=False):
+                copies[f"{plain}.{key}"] = parameter.detach().to("cpu", copy=True)
+    return copies
+
+
+def _digest(model: nn.Module) -> str:
+    """Return a hash of a few numbers of each parameter: checkpoints hold no weights, and resuming needs the same."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        some = parameter.detach().flatten()[:: max(parameter.numel() // 64, 1)].double().cpu()
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(some.numpy().tobytes())
+    return digest.hexdigest()[:16]
