@@ -96,8 +96,12 @@ def _is_cut(width: Width, cut: Cut) -> bool:
 
 def _reads(model: nn.Module, width: Width, units: Tensor) -> bool:
     """Return whether any weight that reads these units is not zero."""
-    w_NK = weight_NK(model.get_submodule(width.name))
-    return bool(w_NK[:, width.columns_of(units).to(w_NK.device)].any())
+    reader = model.get_submodule(width.name)
+    w_NK = weight_NK(reader)
+    columns = width.columns_of(units).to(w_NK.device)
+    if isinstance(reader, SideLinear) and reader.side_X is not None and bool(reader.side_X[:, columns].any()):
+        return True
+    return bool(w_NK[:, columns].any())
 
 
 def _slice_(model: nn.Module, width: Width, cut: Cut, snapshot: Snapshot) -> None:
@@ -114,10 +118,14 @@ def _slice_(model: nn.Module, width: Width, cut: Cut, snapshot: Snapshot) -> Non
         bias = layer._parameters.get("bias")
         new_bias = None if bias is None else nn.Parameter(bias.detach()[own], bias.requires_grad)
         snapshot.set_parameters_(name, _parameter(layer, weight_NK(layer)[own]), new_bias)
+        if isinstance(layer, SideLinear):
+            snapshot.set_branch_(name, layer.side_S.detach()[own], layer.side_X)
     reader = model.get_submodule(width.name)
     columns = width.columns_of(kept).to(weight_NK(reader).device)
     new_weight = _parameter(reader, weight_NK(reader)[:, columns])
     snapshot.set_parameters_(width.name, new_weight, reader._parameters.get("bias"))
+    if isinstance(reader, SideLinear) and reader.side_X is not None:
+        snapshot.set_branch_(width.name, reader.side_S, reader.side_X.detach()[:, columns])
 
 
 def _parameter(layer: nn.Module, w_NK: Tensor) -> nn.Parameter:
@@ -135,8 +143,11 @@ def _refuse_uncuttable(model: nn.Module, names: Iterable[str]) -> None:
         layer = modules.get(name)
         if isinstance(layer, SparseLinear):
             raise ValueError(f"{name} is packed: unpack_ the model before it is cut")
-        if isinstance(layer, SideLinear):
-            raise ValueError(f"{name} has a side branch, which cannot be cut: fold it in with sparsekit.nn.merge_side_")
+        if isinstance(layer, SideLinear) and layer.side_X is None:
+            raise ValueError(
+                f"{name} has a side branch that sums its inputs in groups, which cannot be cut: fold it in with "
+                "sparsekit.nn.merge_side_"
+            )
         if hasattr(layer, "parametrizations"):
             raise Unsupported(f"the weight of {name} is computed from other tensors: remove its parametrization first")
         weight = None if layer is None else layer._parameters.get("weight")

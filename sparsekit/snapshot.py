@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sparsekit.hf.describe import describe_packed_
 from sparsekit.interrupt import uninterrupted
-from sparsekit.nn import SparseLinear, replace_layer_, set_parameters_, side_layers, sparse_layers
+from sparsekit.nn import SideLinear, SparseLinear, replace_layer_, set_parameters_, side_layers, sparse_layers
 from sparsekit.nn.side import without_branch
 from sparsekit.pack import replace_by_dense_
 
@@ -28,10 +28,14 @@ class Snapshot:
         self._undo: list[Callable[[], None]] = []
         self._held: list[nn.Parameter] = []
 
-    def remember(self, name: str) -> None:
-        """Keep the weight and bias of the layer `name` as they are now; the first call for a layer counts."""
+    def remember(self, name: str, layer: nn.Module | None = None) -> None:
+        """Keep the weight and bias of the layer `name` as they are now; the first call for a layer counts.
+
+        Args:
+            layer: where another module stands in its place for now, as an adapter does.
+        """
         if name not in self._parameters:
-            own = self.model.get_submodule(name).named_parameters(recurse=False)
+            own = (self.model.get_submodule(name) if layer is None else layer).named_parameters(recurse=False)
             self._parameters[name] = {key: parameter.detach().to("cpu", copy=True) for key, parameter in own}
 
     def set_parameters_(self, name: str, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
@@ -60,6 +64,21 @@ class Snapshot:
             set_parameters_(self.model.get_submodule(name), restored, put_back("bias") if "bias" in old else None)
 
         set_parameters_(layer, weight, bias)
+        self._undo.append(undo)
+
+    def set_branch_(self, name: str, S: Tensor, X: Tensor | None) -> None:
+        """Give the side branch of the layer `name` other factors, of any sizes."""
+        layer = self.model.get_submodule(name)
+        assert isinstance(layer, SideLinear)
+        old = layer.side_S, layer.side_X
+
+        def undo() -> None:
+            layer.side_S, layer.side_X = old
+
+        def own(x: Tensor) -> nn.Parameter:
+            return x if isinstance(x, nn.Parameter) else nn.Parameter(x.contiguous(), old[0].requires_grad)
+
+        layer.side_S, layer.side_X = own(S), None if X is None else own(X)
         self._undo.append(undo)
 
     def hold(self, parameter: nn.Parameter) -> None:
