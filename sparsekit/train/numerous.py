@@ -307,7 +307,8 @@ class TeacherSchedule:
         Raises:
             CheckpointError: it speaks of snapshots that are not there.
         """
-        missing = [index for index in (state["index"], *state["passed"]) if (index or 0) >= max(len(self.snapshots), 1)]
+        wanted = [index for index in (state["index"], *state["passed"]) if index is not None]
+        missing = [index for index in wanted if index >= len(self.snapshots)]
         if missing:
             raise CheckpointError(
                 f"the schedule of teachers has snapshot {missing[0]}, and {len(self.snapshots)} are there: load those "

@@ -1,0 +1,587 @@
+"""Teachers that are the student in other clothes: what they wear, when they teach, and that nothing is left of them."""
+
+import copy
+import gc
+import math
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load, save
+
+from sparsekit.archs import find_widths
+from sparsekit.errors import CheckpointError
+from sparsekit.train.adapters import add_lora, lora_parameters
+from sparsekit.train.masked import Masked
+from sparsekit.train.numerous import Distances, Probe, Roles, Snapshots, TeacherSchedule
+
+pytest.importorskip("peft", reason="peft is not installed")
+
+IDS = torch.arange(24).view(2, 12) * 5 % 64
+
+
+class Player:
+    """A student with LoRA that adds something, under masks, and what it takes to play its teachers."""
+
+    def __init__(self, model, **changes):
+        self.widths = find_widths(model)
+        args = {"lora_rank": 2, "lora_alpha": 4.0, "lora_targets": "all-linear", "seed": 0, **changes}
+        self.model = add_lora(model, SimpleNamespace(**args))
+        self.masked = Masked(self.model, self.widths)
+        self.roles = Roles(self.model, self.masked)
+        self.generator = torch.Generator().manual_seed(2)
+        self.wander()
+        self.model.train()
+
+    @torch.no_grad()
+    def wander(self, by=0.2):
+        """Change the student's LoRA and masks, as training does."""
+        for parameter in lora_parameters(self.model).values():
+            parameter.add_(torch.randn(parameter.shape, generator=self.generator), alpha=by)
+        self.masked.masks = self.some_masks()
+
+    def some_masks(self):
+        drawn = {w.name: torch.rand(w.num_units, generator=self.generator) for w in self.widths}
+        return {name: mask * (mask > 0.3) for name, mask in drawn.items()}
+
+    def take(self, snapshots, sparsity=0.1):
+        return snapshots.take(sparsity, self.masked.masks, self.roles.lora())
+
+    @torch.no_grad()
+    def logits(self):
+        """Return the student's own, without dropout."""
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        found = self.model(input_ids=IDS).logits
+        for module, training in modes:
+            module.training = training
+        return found
+
+
+@pytest.fixture
+def player(llama):
+    return Player(llama(attention_dropout=0.5))
+
+
+def everything(player, optimizer=None):
+    """Return all that may not change, copied; and what may not even be another object."""
+    named = dict(player.model.named_parameters())
+    copied = {name: (p.detach().clone(), p.requires_grad, p.dtype) for name, p in named.items()}
+    modes = {name: module.training for name, module in player.model.named_modules()}
+    off = {name: m.disable_adapters for name, m in player.model.named_modules() if hasattr(m, "disable_adapters")}
+    state = copy.deepcopy(optimizer.state_dict()) if optimizer else None
+    same = {name: (id(p), p.data_ptr(), p._version) for name, p in named.items()}
+    return copied, modes, off, state, same, id(player.masked.masks), torch.get_rng_state()
+
+
+def assert_same(a, b):
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (tuple, list)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+def play(player, snapshot):
+    """Run a teacher as a careless user would."""
+    with player.roles.teacher(snapshot) as model:
+        assert not any(module.training for module in model.modules())
+        logits = model(input_ids=IDS).logits
+        torch.rand(7)
+    assert not logits.requires_grad
+    return logits
+
+
+def step(player, optimizer):
+    loss = player.model(input_ids=IDS, labels=IDS).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
+def test_the_student_is_as_it_was(player):
+    player.model.base_model.model.lm_head.eval()  # a mode of its own
+    optimizer = torch.optim.AdamW(lora_parameters(player.model).values(), lr=1e-2)
+    step(player, optimizer)
+    snapshot = player.take(Snapshots())
+    player.wander()
+    frozen = list(lora_parameters(player.model).values())[3].requires_grad_(False)
+    before = everything(player, optimizer)
+    for teacher in (snapshot, None, snapshot):
+        play(player, teacher)
+        assert_same(everything(player, optimizer), before)
+        with pytest.raises(KeyError), player.roles.teacher(teacher):
+            raise KeyError
+        assert_same(everything(player, optimizer), before)
+    with player.roles.student(None):
+        pass
+    assert_same(everything(player, optimizer), before)
+    assert not frozen.requires_grad
+
+
+def test_training_with_teachers_is_training_without_but_for_the_loss(llama):
+    """The teacher is run and its answer left aside: the student goes the same way, dropout and optimizer included."""
+    players = [Player(llama(attention_dropout=0.5)) for _ in range(2)]
+    losses = []
+    for player, is_taught in zip(players, (True, False), strict=True):
+        snapshots, optimizer = Snapshots(), torch.optim.AdamW(lora_parameters(player.model).values(), lr=1e-2)
+        torch.manual_seed(9)
+        for index in range(4):
+            snapshot = player.take(snapshots)
+            if is_taught:
+                play(player, None if index == 2 else snapshots[index // 2])
+                play(player, snapshot)
+            losses.append(step(player, optimizer))
+    assert_same(losses[:4], losses[4:])
+    assert_same(players[0].roles.lora(), players[1].roles.lora())
+
+
+def test_a_teacher_may_play_between_a_forward_and_its_backward(player):
+    snapshot = player.take(Snapshots())
+    player.wander()
+    gradients = []
+    for is_taught in (False, True):
+        torch.manual_seed(1)
+        loss = player.model(input_ids=IDS, labels=IDS).loss
+        if is_taught:
+            play(player, snapshot)
+            play(player, None)
+        loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in lora_parameters(player.model).items()})
+        player.model.zero_grad()
+    assert_same(*gradients)
+
+
+def test_the_intact_teacher_is_the_base_model(llama):
+    base = copy.deepcopy(llama())
+    player = Player(llama())
+    with torch.no_grad():
+        expected = base(input_ids=IDS).logits
+    assert torch.equal(play(player, None), expected)
+    assert not torch.equal(player.logits(), expected)
+
+
+@pytest.mark.parametrize("on_disk", [False, True], ids=["memory", "disk"])
+def test_snapshots_say_later_what_they_said(player, tmp_path, on_disk):
+    snapshots = Snapshots(tmp_path / "run" if on_disk else None)
+    said = []
+    for index in range(3):
+        player.take(snapshots, index / 10)
+        said.append(player.logits())
+        player.wander()
+    again = Snapshots(tmp_path / "other" if on_disk else None)
+    again.load(load(save(snapshots.state_dict())))
+    assert again.sparsities == [0.0, 0.1, 0.2]
+    for kept in (snapshots, again):
+        for index in (2, 0, 1, 1):
+            assert torch.equal(play(player, kept[index]), said[index])
+    assert not torch.equal(said[0], said[1])
+    assert [s.sparsity for s in again] == [0.0, 0.1, 0.2]
+    with pytest.raises(IndexError, match="snapshot 3 of 3"):
+        snapshots[3]
+
+
+def test_half_precision_snapshots_take_half_the_memory(player, tmp_path):
+    whole, half, disk = Snapshots(), Snapshots(dtype=torch.bfloat16), Snapshots(tmp_path)
+    for snapshots in (whole, half, disk):
+        player.take(snapshots)
+    masks = sum(4 * w.num_units for w in player.widths)
+    lora = sum(p.nbytes for p in lora_parameters(player.model).values())
+    assert (whole.num_bytes, half.num_bytes, disk.num_bytes) == (masks + lora, masks + lora // 2, 0)
+    torch.testing.assert_close(play(player, half[0]), player.logits(), rtol=0, atol=0.05)
+    assert {p.dtype for p in lora_parameters(player.model).values()} == {torch.float32}
+    with pytest.raises(ValueError, match="torch.float32 or torch.bfloat16"):
+        Snapshots(dtype=torch.float16)
+
+
+def test_a_snapshot_is_a_copy(player):
+    snapshots = Snapshots()
+    taken = player.take(snapshots)
+    before = {name: x.clone() for name, x in taken.lora.items()}
+    player.wander()
+    next(iter(player.masked.masks.values())).zero_()
+    assert_same(taken.lora, before)
+
+
+def storages():
+    """Return address -> bytes of all memory that tensors hold."""
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and x.device.type == "cpu"]
+    return {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors if x.layout == torch.strided}
+
+
+def test_one_copy_of_the_weights_whatever_the_number_of_teachers(llama):
+    nothing = sum(storages().values())
+    player, snapshots = Player(llama(hidden_size=64, intermediate_size=256)), Snapshots()
+    weights = sum(p.nbytes for p in player.model.base_model.model.parameters())
+    lora = sum(p.nbytes for p in lora_parameters(player.model).values())
+    play(player, player.take(snapshots))  # the memory that teachers' LoRA is put into
+    before, alone = storages(), snapshots.num_bytes
+    for _ in range(12):
+        play(player, player.take(snapshots))
+        play(player, None)
+        player.wander()
+    more = sum(storages().values()) - sum(before.values())
+    assert 12 * lora < snapshots.num_bytes - alone < weights
+    assert more <= snapshots.num_bytes - alone + 4 * sum(w.num_units for w in player.widths)
+    assert sum(before.values()) - nothing < 1.05 * weights + 4 * lora
+
+
+@pytest.mark.parametrize("around", [True, False], ids=["autocast around both", "autocast around each"])
+def test_autocast_does_not_mix_them_up(player, around):
+    """It keeps the cast weights of a parameter, and a role's are not the student's."""
+    snapshot = player.take(Snapshots())
+    player.wander()
+
+    def cast():
+        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=True)
+
+    def student():
+        player.model.eval()
+        loss = player.model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        found = {name: p.grad.clone() for name, p in lora_parameters(player.model).items()}
+        player.model.zero_grad()
+        return loss.detach(), found
+
+    with cast():
+        alone = student()
+    with cast() if around else warnings.catch_warnings():
+        with cast():
+            first = play(player, snapshot)
+        with cast():
+            taught = student()
+        with cast():
+            again = play(player, snapshot)
+    assert_same(taught, alone)
+    assert torch.equal(first, again)
+
+
+def test_checkpointed_gradients_are_the_student_s(player):
+    snapshot = player.take(Snapshots())
+    player.wander()
+    gradients = []
+    for is_checkpointed in (False, True):
+        if is_checkpointed:
+            player.model.gradient_checkpointing_enable({"use_reentrant": False})
+            player.model.enable_input_require_grads()
+        play(player, snapshot)
+        torch.manual_seed(1)
+        player.model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in lora_parameters(player.model).items()})
+        player.model.zero_grad()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_masks_alone(llama):
+    model = llama()
+    masked = Masked(model, find_widths(model))
+    roles, snapshots = Roles(model, masked, adapter=None), Snapshots()
+    masks = {w.name: torch.arange(w.num_units) % 2.0 for w in find_widths(model)}
+    snapshot = snapshots.take(0.3, masks, roles.lora())
+    with roles.teacher(snapshot):
+        said = model(input_ids=IDS).logits
+    assert masked.masks is None
+    masked.masks = masks
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=IDS).logits, said)
+
+
+def test_roles_that_cannot_be_played(player, llama):
+    with pytest.raises(ValueError, match="no LoRA named 'default'"):
+        Roles(llama(), player.masked)
+    other = Player(llama(), lora_targets=["q_proj"])
+    snapshot = other.take(Snapshots())
+    before = everything(player)
+    with pytest.raises(ValueError, match="another LoRA than the model"):
+        play(player, snapshot)
+    with player.roles.teacher(None), pytest.raises(RuntimeError, match="plays a role already"):
+        play(player, None)
+    assert_same(everything(player), before)
+
+
+def test_states_that_are_none_are_refused(player):
+    snapshots = Snapshots()
+    player.take(snapshots)
+    state = snapshots.state_dict()
+    for wrong in (
+        {},
+        {**state, "1.masks.x": torch.zeros(1)},
+        {"sparsity": torch.zeros(1)},
+        {**state, "0.x": torch.zeros(1)},
+    ):
+        with pytest.raises(CheckpointError, match="no snapshots of teachers"):
+            snapshots.load(wrong)
+    assert len(snapshots) == 1
+    snapshots.load({"sparsity": torch.zeros(0)})
+    assert len(snapshots) == 0
+
+
+def test_a_file_that_is_gone_is_said(player, tmp_path):
+    snapshots = Snapshots(tmp_path)
+    player.take(snapshots)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(CheckpointError, match=r"snapshot-0000.safetensors cannot be read.*resume from a checkpoint"):
+        snapshots[0]
+
+
+# --- which teacher when ----------------------------------------------------------------------------------------------
+
+
+class Sparsities(Snapshots):
+    """Snapshots of nothing, that know their sparsity."""
+
+    def add(self, sparsity):
+        return self.take(sparsity, {"x": torch.zeros(1)}, {})
+
+
+def curve(target, rise):
+    """Return the sparsity after a step, rising in a straight line that passes all marks."""
+    return lambda step: min(target * (step + 1) / rise, target)
+
+
+def run(schedule, snapshots, sparsity, num_steps, distances=None):
+    """Return the sparsity of each step's teacher, in per cent; 0 for the intact model."""
+    found = []
+    for index in range(num_steps):
+        teacher = schedule.teacher(index, distances and (lambda index=index: distances(index)))
+        assert schedule.teacher_sparsity == (0 if teacher is None else teacher.sparsity)
+        found.append(round(100 * schedule.teacher_sparsity))
+        schedule.observe(index, sparsity(index), lambda index=index: snapshots.add(sparsity(index)))
+    return found
+
+
+@pytest.mark.parametrize("target,num_marks,first,share", [(0.5, 49, 41, 0.2), (0.25, 24, 16, 0.4), (0.2, 19, 11, 0.5)])
+def test_the_paper_s_walk(target, num_marks, first, share):
+    snapshots, rise, period = Sparsities(), 4 * (num_marks + 1), 3
+    num_steps = rise + period * (num_marks + 1)
+    schedule = TeacherSchedule("paper", snapshots, target=target, num_steps=num_steps)
+    teachers = run(schedule, snapshots, curve(target, rise), num_steps)
+    assert len(snapshots) == num_marks
+    assert [round(100 * s) for s in snapshots.sparsities] == list(range(1, num_marks + 1))
+    for index, teacher in enumerate(teachers[:rise]):  # 9 to 10 points behind
+        passed = min(index // 4, num_marks)
+        assert teacher == max(passed - 9, 0), index
+    walk = teachers[rise:]
+    assert walk[0] == first
+    assert walk == [max(first - math.ceil(i / period), 0) for i in range(len(walk))]
+    assert walk.count(0) == pytest.approx(share * len(walk), abs=1)
+
+
+def test_at_a_tenth_the_walk_is_one_step():
+    snapshots = Sparsities()
+    schedule = TeacherSchedule("paper", snapshots, target=0.1, num_steps=200)
+    teachers = run(schedule, snapshots, curve(0.1, 100), 200)
+    assert teachers == [0] * 100 + [1] + [0] * 99
+
+
+def test_too_low_a_target_is_said():
+    with pytest.warns(UserWarning, match="the target of 8.0% is less than 10 marks"):
+        schedule = TeacherSchedule("paper", snapshots := Sparsities(), target=0.08, num_steps=60)
+    assert not any(run(schedule, snapshots, curve(0.08, 30), 60))
+
+
+def test_few_steps_left_are_walked_faster():
+    snapshots = Sparsities()
+    schedule = TeacherSchedule("paper", snapshots, target=0.5, num_steps=131)
+    teachers = run(schedule, snapshots, curve(0.5, 100), 131)  # 31 steps for 50 marks
+    assert teachers[100:] == [max(31 - i - 10 + 1, 0) for i in range(31)]
+
+
+def test_a_target_that_is_not_reached_is_walked_back_from():
+    snapshots = Sparsities()
+    schedule = TeacherSchedule("paper", snapshots, target=0.5, num_steps=200, warmup_steps=40)
+    teachers = run(schedule, snapshots, curve(0.3001, 60), 200)
+    assert len(snapshots) == 30
+    assert teachers[60:160] == [21] * 100  # until three quarters of what follows the warm-up
+    assert teachers[160:] == [max(min(31 - i, 30), 0) for i in range(40)]  # what the steps leave time for
+
+
+def test_a_projection_reaches_the_target():
+    snapshots = Sparsities()
+    schedule = TeacherSchedule("paper", snapshots, target=0.3, num_steps=90)
+    run(schedule, snapshots, curve(0.2501, 50), 60)
+    schedule.reach(60)
+    later = [schedule.teacher(step) for step in range(60, 90)]
+    assert later[0].sparsity == pytest.approx(0.2, abs=0.011) and later[-1] is None
+    assert not schedule.observe(61, 0.29, lambda: snapshots.add(0.29))
+
+
+def test_one_snapshot_stands_for_the_marks_leapt_over():
+    snapshots = Sparsities()
+    schedule = TeacherSchedule("paper", snapshots, target=0.2, num_steps=40, lag=3)
+    leaps = [0.0, 0.005, 0.012, 0.012, 0.075, 0.08, 0.02, 0.19, 0.31]
+    took = [schedule.observe(i, s, lambda s=s: snapshots.add(s)) for i, s in enumerate(leaps)]
+    assert took == [False, False, True, False, True, True, False, True, False]
+    assert snapshots.sparsities == [0.012, 0.075, 0.08, 0.19]
+    teachers = [round(100 * schedule.teacher(i).sparsity) for i in range(9, 36)]
+    assert teachers[0] == 19 and set(teachers) <= {1, 8, 19} and teachers == sorted(teachers, reverse=True)
+
+
+@pytest.mark.parametrize("kind", ["intact", "none"])
+def test_the_intact_model_alone_or_nobody(kind):
+    snapshots = Sparsities()
+    schedule = TeacherSchedule(kind, snapshots, target=0.5, num_steps=60)
+    assert not any(run(schedule, snapshots, curve(0.5, 30), 60)) and not len(snapshots)
+    assert schedule.teaches == (kind == "intact")
+
+
+def test_the_nearest_that_is_far_enough():
+    far = Distances(intact=0.8, snapshots=(0.7, 0.4, 0.3, 0.3, 0.1))
+    assert [far.nearest(floor) for floor in (0, 0.2, 0.3, 0.35, 0.5, 0.75)] == [4, 3, 3, 1, 0, None]
+    assert Distances(0.2, (0.2, 0.5)).nearest(0.1) is None  # the intact model is as near
+    assert Distances(0.2, ()).nearest(0.1) is None
+    assert Distances(float("nan"), (float("nan"),)).nearest(0.1) is None
+
+
+def test_nearest_gives_way_to_harder_ones_and_ends_with_the_intact_model():
+    snapshots, measured = Sparsities(), []
+
+    def distances(step):
+        measured.append(step)
+        behind = [max(0.5 * min(step / 50, 1) - s, 0) for s in [0.0, *snapshots.sparsities]]
+        return Distances(behind[0], tuple(behind[1:]))
+
+    schedule = TeacherSchedule(
+        "nearest", snapshots, target=0.5, num_steps=200, interval=10, floor=0.1, floor_share=0.5, intact_share=0.25
+    )
+    teachers = run(schedule, snapshots, curve(0.5, 50), 200, distances)
+    assert measured == list(range(10, 150, 10))  # no measuring where there is nothing to choose
+    assert all(teachers[i] == teachers[i - i % 10] for i in range(150))
+    settled = teachers[60:150:10]
+    assert settled == sorted(settled, reverse=True) and settled[0] in (14, 15) and settled[-1] < 5
+    assert not any(teachers[150:]) and max(teachers) > 10
+    for index in range(10, 150, 10):  # the nearest at least as far as half of the way, or more, later on
+        share = 0.5 + 0.5 * index / 150
+        sparsity = 0.5 * min(index / 50, 1)
+        floor = max(0.1, share * sparsity)
+        marks = [s for s in snapshots.sparsities if s < sparsity and sparsity - s >= floor]
+        assert teachers[index] == round(100 * max(marks, default=0)), index
+
+
+def test_nearest_needs_its_measurements():
+    snapshots = Sparsities()
+    schedule = TeacherSchedule("nearest", snapshots, target=0.5, num_steps=60, interval=5)
+    snapshots.add(0.1)
+    with pytest.raises(ValueError, match="distances=None"):
+        schedule.teacher(5)
+
+
+@pytest.mark.parametrize("kind", ["paper", "nearest"])
+@pytest.mark.parametrize("stop", [37, 91, 140])
+def test_a_schedule_goes_on_where_it_stopped(kind, stop):
+    def made():
+        snapshots = Sparsities()
+        return snapshots, TeacherSchedule(kind, snapshots, target=0.3, num_steps=150, interval=7, intact_share=0.1)
+
+    def distances_of(snapshots):
+        return lambda step: Distances(1.0, tuple(1 - 2 * s for s in snapshots.sparsities))
+
+    sparsity = curve(0.3, 90)
+    snapshots, schedule = made()
+    whole = run(schedule, snapshots, sparsity, 150, distances_of(snapshots))
+    first, second = made(), made()
+    begun = run(first[1], first[0], sparsity, stop, distances_of(first[0]))
+    second[0].load(first[0].state_dict())
+    second[1].load_state_dict(first[1].state_dict())
+    rest = []
+    for index in range(stop, 150):
+        second[1].teacher(index, lambda index=index: distances_of(second[0])(index))
+        rest.append(round(100 * second[1].teacher_sparsity))
+        second[1].observe(index, sparsity(index), lambda index=index: second[0].add(sparsity(index)))
+    assert begun + rest == whole
+    with pytest.raises(CheckpointError, match="load those of the same checkpoint first"):
+        made()[1].load_state_dict(first[1].state_dict())
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"kind": "nearby"}, "nearest"),
+        ({"target": 0.0}, "target=0.0 must lie between 0 and 1"),
+        ({"spacing": 1.5}, "spacing=1.5"),
+        ({"num_steps": 0}, "num_steps=0"),
+        ({"lag": 0}, "lag=0"),
+        ({"interval": 0}, "interval=0"),
+        ({"warmup_steps": 61}, "warmup_steps=61 must be from 0 to the 60 steps"),
+        ({"floor": -0.1}, "floor=-0.1"),
+        ({"floor_share": 1.5}, "floor_share=1.5"),
+        ({"intact_share": float("nan")}, "intact_share=nan"),
+    ],
+)
+def test_arguments_out_of_range(changes, message):
+    options = {"kind": "paper", "target": 0.5, "num_steps": 60, **changes}
+    with pytest.raises(ValueError, match=message):
+        TeacherSchedule(options.pop("kind"), Snapshots(), **options)
+
+
+# --- how far a teacher is --------------------------------------------------------------------------------------------
+
+
+def kl(teacher, student):
+    p, q = (torch.log_softmax(x.double().flatten(0, -2), -1) for x in (teacher, student))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def test_distances_are_kl(player):
+    snapshots = Snapshots()
+    said = [play(player, None)]
+    for index in range(3):
+        said.append(play(player, player.take(snapshots, index / 10)))
+        player.wander()
+    masks = player.some_masks()
+    before = everything(player)
+    probe = Probe(player.roles, {"input_ids": IDS, "labels": IDS})
+    found = probe.distances(snapshots, masks)
+    assert_same(everything(player), before)
+    with player.roles.student(masks) as model:
+        student = model(input_ids=IDS).logits
+    expected = [kl(teacher, student) for teacher in said]
+    assert [found.intact, *found.snapshots] == pytest.approx(expected, rel=1e-4)
+    assert len({round(x, 6) for x in expected}) == 4
+    player.take(snapshots, 0.5)
+    assert probe.distances(snapshots, player.masked.masks).snapshots[-1] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_teacher_is_asked_once(player):
+    snapshots, calls = Snapshots(), []
+    player.model.register_forward_pre_hook(lambda *_: calls.append(player.masked.masks))
+    probe = Probe(player.roles, {"input_ids": IDS})
+    for index in range(3):
+        player.take(snapshots, index / 10)
+        probe.distances(snapshots, None)
+    assert len(calls) == 4 + 3  # three snapshots and the intact model, and the student each time
+    other = Snapshots()  # another run's, as after resuming
+    player.take(other, 0.7)
+    probe.distances(other, None)
+    assert len(calls) == 7 + 2
+
+
+def test_fewer_tokens_of_a_teacher_and_padding(player):
+    """The rest of the vocabulary is one bucket, so that a distance is at most the whole one; padding does not count."""
+    snapshots = Snapshots()
+    teacher = play(player, player.take(snapshots))
+    player.wander()
+    masks = player.masked.masks
+    with player.roles.student(masks) as model:
+        student = model(input_ids=IDS).logits
+    few = Probe(player.roles, {"input_ids": IDS}, top_k=5).distances(snapshots, masks).snapshots[0]
+    assert 0 < few < kl(teacher, student)
+    padded = torch.cat([IDS, torch.zeros(2, 3, dtype=torch.int64)], 1)
+    seen = torch.cat([torch.ones_like(IDS), torch.zeros(2, 3, dtype=torch.int64)], 1)
+    probe = Probe(player.roles, {"input_ids": padded, "attention_mask": seen})
+    assert probe.distances(snapshots, masks).snapshots[0] == pytest.approx(kl(teacher, student), rel=1e-3)
