@@ -106,9 +106,9 @@ def sparsify(
         "progress": progress,
     }
     layers = find_targets(model, targets, ignore)
-    configs: list[StructuredMethod | None] = []
+    configs: list[StructuredMethod | Trained | None] = []
     for wanted, asked in stages:
-        if isinstance(wanted, Structured | Depth) or isinstance(asked, StructuredMethod):
+        if isinstance(wanted, Structured | Depth) or _makes_smaller(asked):
             configs.append(_choose_structured(asked, wanted, sparsity, constraints, dataset is not None))
             continue
         configs.append(None)
@@ -143,6 +143,12 @@ def sparsify(
         if not report.ok:
             raise SparsekitError(f"the result does not hold what was asked for:\n{report}")
     return whole
+
+
+def _makes_smaller(method: Any) -> bool:
+    """Whether this is the config of a method that takes parts out of a model, trained or not."""
+    trained = is_trained(method) and isinstance(method.parsed_pattern, Structured)
+    return trained or isinstance(method, StructuredMethod)
 
 
 def _mask_and_pack_(
@@ -211,7 +217,7 @@ def _stages(pattern: Any, method: Any) -> list[tuple[Pattern, Any]]:
 
 def _choose_structured(
     method: Any, pattern: Pattern, sparsity: float, constraints: dict[str, Any] | None, has_data: bool
-) -> StructuredMethod:
+) -> StructuredMethod | Trained:
     """Return the config that `method` means; pattern and budget of a config object must be those asked for."""
     if method is None:
         method = default_method(pattern, has_data)

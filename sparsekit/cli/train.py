@@ -1,4 +1,4 @@
-"""`sparsekit train ast`."""
+"""`sparsekit train ast`, and what the commands that train share."""
 
 import math
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ from sparsekit.train.trainer import last_checkpoint
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """The options of the command, by their names; `fields` are those of `sk.AST`, as they were given."""
+    """The options of the command, by their names; `fields` are those of the config, as they were given."""
 
     model: str
     out: str
@@ -72,6 +72,8 @@ class TrainOptions:
 
 def run_train_ast(options: TrainOptions, output: Output) -> None:
     """Train to 2:4 from the dense original, pack, check, save, and time against the dense model."""
+    from sparsekit.train import ASTTrainer
+
     options.check()
     if output.is_silent:
         hush_warnings()
@@ -82,7 +84,7 @@ def run_train_ast(options: TrainOptions, output: Output) -> None:
     packs = options.packed and holds_pattern(config.format or "semi24", config.parsed_pattern)
     if packs:
         refuse_unrunnable(model, config, options.backend, dtype)
-    trainer = _make_trainer(options, model, config, tokenizer)
+    trainer = make_trainer(ASTTrainer, options, model, config, tokenizer)
     if not trainer.is_world_process_zero():
         output.be_silent()
         hush_warnings()
@@ -126,13 +128,17 @@ def said_how_to_go_on(options: TrainOptions) -> Iterator[None]:
         raise
 
 
-def make_config(options: TrainOptions, model: Any) -> Any:
-    """Return the `sk.AST`, with what the command chooses where it is not told: steps, precision, logs, evaluations."""
+def make_config(options: TrainOptions, model: Any, make: Any = None) -> Any:
+    """Return the config, with what the command chooses where it is not told: steps, precision, logs, evaluations.
+
+    Args:
+        make: makes it of its fields; None for `sk.AST`.
+    """
     from sparsekit.train import ASTConfig
 
     fields = dict(options.fields)
     fields.setdefault("bf16", _has_fast_bf16())
-    config = ASTConfig.from_dict(fields | {"output_dir": options.checkpoints})
+    config = (make or ASTConfig)(**fields | {"output_dir": options.checkpoints})
     config.disable_tqdm = True
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     config.max_seq_length = min(config.max_seq_length, limit or config.max_seq_length)
@@ -148,14 +154,12 @@ def make_config(options: TrainOptions, model: Any) -> Any:
     return config
 
 
-def _make_trainer(options: TrainOptions, model: Any, config: Any, tokenizer: Any) -> Any:
-    """Return the trainer; where it refuses, the folder of checkpoints that it makes is gone again."""
-    from sparsekit.train import ASTTrainer
-
+def make_trainer(kind: Any, options: TrainOptions, model: Any, config: Any, tokenizer: Any) -> Any:
+    """Return a trainer of this kind; where it refuses, the folder of checkpoints that it makes is gone again."""
     folder = Path(options.checkpoints)
     existed = folder.exists()
     try:
-        return ASTTrainer(model, config, options.dataset, options.eval_dataset, tokenizer)
+        return kind(model, config, options.dataset, options.eval_dataset, tokenizer)
     except BaseException:
         if not existed and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
@@ -164,15 +168,11 @@ def _make_trainer(options: TrainOptions, model: Any, config: Any, tokenizer: Any
 
 def beginning(trainer: Any, options: TrainOptions, packs: bool) -> list[str]:
     """Return what people read before the first step: how much is trained on, what happens when, what comes out."""
-    args, samples = trainer.args, trainer.train_samples
-    processes, length = max(args.world_size, 1), len(samples[0]["input_ids"])
-    tokens = _batch(args) * length * args.max_steps
+    args = trainer.args
     freezes_at = round(args.max_steps * (1 - args.mask_freeze_ratio)) if args.mask_update_steps else 0
     saves = f"a checkpoint every {_steps(args.save_steps)} in {args.output_dir}"
     lines = [
-        f"{processes} {'process' if processes == 1 else 'processes'} × {args.per_device_train_batch_size} samples × "
-        f"{args.gradient_accumulation_steps} accumulated × {length} tokens = {_batch(args) * length:,} tokens a step; "
-        f"{args.max_steps:,} steps; {tokens:,} tokens, {tokens / samples.num_tokens:.3g} passes over the dataset",
+        how_much(trainer),
         f"on {args.device.type}{' in bf16' if args.bf16 else ''}; a line every {_steps(args.logging_steps)}; "
         f"{_evaluations(args)}; masks stay from step {freezes_at:,} on",
         saves if args.save_strategy == "steps" else f"checkpoints: {args.save_strategy}",
@@ -185,6 +185,18 @@ def beginning(trainer: Any, options: TrainOptions, packs: bool) -> list[str]:
             "faster for them. 2:4 has one"
         )
     return lines
+
+
+def how_much(trainer: Any) -> str:
+    """Return how much is trained on, in tokens."""
+    args, samples = trainer.args, trainer.train_samples
+    processes, length = max(args.world_size, 1), len(samples[0]["input_ids"])
+    tokens = _batch(args) * length * args.max_steps
+    return (
+        f"{processes} {'process' if processes == 1 else 'processes'} × {args.per_device_train_batch_size} samples × "
+        f"{args.gradient_accumulation_steps} accumulated × {length} tokens = {_batch(args) * length:,} tokens a step; "
+        f"{args.max_steps:,} steps; {tokens:,} tokens, {tokens / samples.num_tokens:.3g} passes over the dataset"
+    )
 
 
 def _evaluations(args: Any) -> str:

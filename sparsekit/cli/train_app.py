@@ -129,6 +129,112 @@ def train_ast(
         run_train_ast(options, output)
 
 
+@train_app.command("nuteprune")
+def train_nuteprune(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub name of a trained causal model.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder to write; with --keep, one in it for each model.")],
+    dataset: Dataset,
+    tokens: Annotated[str | None, typer.Option(help="Tokens to train on, as 1.5M or 7B.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps, in place of --tokens.")] = None,
+    eval_dataset: Annotated[str | None, typer.Option(metavar="FILE", help="Held-out text for perplexity.")] = None,
+    sparsity: Annotated[
+        str | None, typer.Option(help="Share of the blocks to remove, as 20%. [the largest of --keep, or 50%]")
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(help="A sparsity to keep on the way, as 10%; give it several times for a family of models."),
+    ] = None,
+    speedup: Annotated[float | None, typer.Option(help="Measured speed-up, in place of --sparsity.")] = None,
+    latency_ms: Annotated[float | None, typer.Option(help="Milliseconds measured, in place of --sparsity.")] = None,
+    uniform: Annotated[bool, typer.Option(help="As many units in each layer: a plain checkpoint.")] = False,
+    hidden: Annotated[bool, typer.Option(help="Hidden dimensions may go, too.")] = False,
+    layers: Annotated[bool, typer.Option(help="Whole layers may go, too.")] = False,
+    round_to: Annotated[int, typer.Option(help="What is left of each dimension is a multiple of this.")] = 1,
+    teachers: Annotated[str, typer.Option(help="nearest, paper, intact or none.")] = "nearest",
+    paper: Annotated[bool, typer.Option(help="The published recipe; other options go before it.")] = False,
+    learning_rate: Annotated[float, typer.Option(help="Of LoRA, at its peak.")] = 1e-3,
+    lora_rank: Annotated[int, typer.Option(help="Of LoRA.")] = 16,
+    batch_size: Annotated[int, typer.Option(help="Samples at a time, on each device.")] = 8,
+    gradient_accumulation_steps: Annotated[int, typer.Option(help="Batches in a step.")] = 1,
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, more time.")] = False,
+    max_seq_length: MaxSeqLength = 2048,
+    bf16: Annotated[bool | None, typer.Option("--bf16/--fp32", help="Compute in bf16. [where the device can]")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Any other field of NutePrune or TrainingArguments."),
+    ] = None,
+    targets: Targets = None,
+    ignore: Ignore = None,
+    checkpoints: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Where checkpoints go. [OUT-checkpoints]")
+    ] = None,
+    save_steps: Annotated[int, typer.Option(help="Steps between checkpoints; the last two are kept.")] = 500,
+    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint.")] = False,
+    seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
+    dtype: Annotated[str, typer.Option(help="Of the weights: auto is float32.")] = "auto",
+    bench: Annotated[bool, typer.Option(help="Time what comes out against the dense model.")] = True,
+    plot: Annotated[bool, typer.Option(help="Write training.png, and family.png with --eval-dataset.")] = True,
+    json: JsonPath = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """NutePrune: take heads and channels out while the model teaches itself; one run gives every sparsity on the way.
+
+    On several devices: torchrun --nproc-per-node N -m sparsekit train nuteprune ...
+    """
+    from sparsekit.cli.output import running
+
+    with running("train nuteprune", json, quiet, debug, errors_only=quiet) as output:
+        from sparsekit.cli.settings import parse_settings, refuse_clashes
+        from sparsekit.cli.train import TrainOptions
+        from sparsekit.cli.train_nuteprune import budget_fields, run_train_nuteprune
+
+        settings, typed = parse_settings(set_ or []), _typed(context)
+        refuse_clashes(settings, typed)
+        fields = {
+            "teachers": teachers,
+            "learning_rate": learning_rate,
+            "lora_rank": lora_rank,
+            "hidden": hidden,
+            "per_device_train_batch_size": batch_size,
+            "per_device_eval_batch_size": batch_size,
+            "gradient_accumulation_steps": gradient_accumulation_steps,
+            "max_seq_length": max_seq_length,
+            "uniform": uniform,
+            "layers": layers,
+            "round_to": round_to,
+            "targets": list(targets or ("Linear",)),
+            "ignore": list(ignore if ignore is not None else ("lm_head",)),
+            "save_steps": save_steps,
+            "save_total_limit": 2,
+            "seed": seed,
+        }
+        if paper:  # what was not typed is the recipe's
+            recipe = ("teachers", "learning_rate", "lora_rank", "hidden")
+            fields = {name: value for name, value in fields.items() if name not in recipe or name in typed}
+        fields |= budget_fields(sparsity, keep or [], speedup, latency_ms)
+        fields |= {"max_steps": steps} if steps is not None else {}
+        fields |= {"bf16": bf16} if bf16 is not None else {}
+        fields |= {"gradient_checkpointing": True} if gradient_checkpointing else {}
+        options = TrainOptions(
+            model=model,
+            out=out,
+            dataset=dataset,
+            eval_dataset=eval_dataset,
+            tokens=tokens,
+            checkpoints=checkpoints or f"{out.rstrip('/')}-checkpoints",
+            resume=resume,
+            backend="auto",
+            packed=False,
+            dtype=dtype,
+            bench=bench,
+            plot=plot,
+            fields=fields | settings,
+        )
+        run_train_nuteprune(options, output, paper=paper)
+
+
 @train_app.command("cache")
 def train_cache(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub name of the teacher, the dense model.")],

@@ -19,6 +19,9 @@ COLUMNS = {
     "revived": "revived",
     "masked_energy": "masked energy",
     "masked_decay": "lambda",
+    "target_sparsity": "target",
+    "real_sparsity": "sparsity",
+    "teacher_sparsity": "teacher's",
     "learning_rate": "learning rate",
 }
 """Key of the log -> heading. Perplexity is that of the evaluation text, as often as it is read."""
@@ -82,9 +85,10 @@ class TrainingView(TrainerCallback):
         from rich.progress_bar import ProgressBar
         from rich.table import Table
 
-        table = Table("step", *COLUMNS.values())
+        columns = {key: heading for key, heading in COLUMNS.items() if any(key in row for row in self._rows)}
+        table = Table("step", *columns.values())
         for row in self._rows[-ROWS_SHOWN:]:
-            table.add_row(str(row["step"]), *(show(row[key]) if key in row else "" for key in COLUMNS))
+            table.add_row(str(row["step"]), *(show(row[key]) if key in row else "" for key in columns))
         passed = time.monotonic() - self._started
         left = passed / max(state.global_step, 1) * (state.max_steps - state.global_step)
         text = f"step {state.global_step} of {state.max_steps}, {_clock(passed)} passed, about {_clock(left)} left"
@@ -124,8 +128,14 @@ PANELS = (
     Panel("Flips", "share of the weights", {"flip_rate": "at a refresh", "initial_flip_rate": "since the start"}, True),
     Panel("Pull on removed weights", "lambda", {"masked_decay": "lambda"}),
     Panel("What is left of removed weights", "share of the energy", {"masked_energy": "masked energy"}, True),
+    Panel(
+        "Sparsity",
+        "share of the blocks' cost",
+        {"target_sparsity": "target", "real_sparsity": "student", "teacher_sparsity": "teacher"},
+    ),
+    Panel("Lagrange multipliers", "", {"multiplier_linear": "linear", "multiplier_square": "square"}),
 )
-COLORS, GREY = ("#2563a8", "#d9782d"), "#777777"
+COLORS, GREY = ("#2563a8", "#d9782d", "#3d8b57"), "#777777"
 
 
 def plot_training(history: list[dict[str, Any]], freeze_step: int, path: Path) -> None:
@@ -175,7 +185,7 @@ def _draw(panel: Panel, axes: Any, history: list[dict[str, Any]]) -> None:
     axes.set_title(panel.title, loc="left", fontsize=11, fontweight="bold")
     axes.set_ylabel(panel.unit, color=GREY)
     if axes.lines:
-        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=9, borderaxespad=0.3)
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, fontsize=9, borderaxespad=0.3)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(color="#ececec", linewidth=0.8)
     axes.set_axisbelow(True)

@@ -30,8 +30,8 @@ class NutePruneConfig(SparseTrainingArguments):
     and earlier LoRA, or with none. `paper` gives the published recipe.
 
     Attributes:
-        sparsity: share of the parameters of heads and channels to remove. 0 removes none, and only trains LoRA: so a
-            model that was cut recovers, on any text, with `teachers="none"` and `ce_weight=1`.
+        sparsity: share of the parameters of heads and channels to remove. 0 removes none, and only trains LoRA; see
+            `recovery`.
         constraints: a budget in place of a sparsity: {"params": 5e9}, {"flops": "60%"}, {"latency_ms": 12.0} or
             {"speedup": 1.5}; in the last two, measured milliseconds are what gates count.
         length: tokens of a sequence, for budgets in FLOPs or time; None for the mean of the training data.
@@ -245,6 +245,19 @@ class NutePruneConfig(SparseTrainingArguments):
             "frozen_share": 0.0,
         }
         return cls(**recipe | fields)
+
+    @classmethod
+    def recovery(cls, **fields: Any) -> Self:
+        """Return arguments by which a model that was cut learns from text alone, as the paper does after pruning.
+
+        Nothing more is removed: LoRA on all linear layers, merged at the end. For instruction sets, labels of prompts
+        are -100.
+
+        Args:
+            **fields: of this class; they go before those of the recipe.
+        """
+        recipe = {"sparsity": 0.0, "teachers": "none", "kd_weight": 0.0, "ce_weight": 1.0, "learning_rate": 1e-4}
+        return cls(**recipe | {"lora_rank": 8} | fields)
 
     def train_(
         self,

@@ -108,7 +108,7 @@ class NutePruneTrainer(SparseTrainer):
                 self._untie_(model, snapshot)
                 with restored_whole_on_failure(model, twin=model):
                     result = super().train(*args, **kwargs)
-                    self._settle_(model)
+                    self._settle_(model, snapshot)
         finally:
             self._student = self._teacher = None
         return result
@@ -170,6 +170,12 @@ class NutePruneTrainer(SparseTrainer):
         others = len(scheduler.optimizer.param_groups) - 1
         self.lr_scheduler = LambdaLR(scheduler.optimizer, [scheduler.lr_lambdas[0], *[_constant] * others])
         return self.lr_scheduler
+
+    @property
+    def freeze_step(self) -> int:
+        """Step from which the gates are settled."""
+        max_steps = self.state.max_steps or self.args.max_steps
+        return max_steps - round(max_steps * self.args.frozen_share)
 
     @property
     def student(self) -> Student:
@@ -270,7 +276,7 @@ class NutePruneTrainer(SparseTrainer):
 
     # --- after the last step ---------------------------------------------------------------------------------------
 
-    def _settle_(self, model: nn.Module) -> None:
+    def _settle_(self, model: nn.Module, snapshot: Snapshot) -> None:
         """Make the model what it is to be, and write the plan."""
         student, args = self.student, self.args
         done = self.state.global_step
@@ -282,10 +288,12 @@ class NutePruneTrainer(SparseTrainer):
         batch = self._prepare_inputs(self._probe())
         bare = Plan(made_by=self._plan.made_by, notes=list(self.notes))
         members: dict[float, Member] = {each.sparsity: each for each in student.members}
-        dense: dict[str, Tensor] = {}
-        if members:
-            members[args.sparsity] = student.last_member()
-            dense = _copies(model, student)
+        members |= {args.sparsity: student.last_member()} if members else {}
+        changing = _changing(student)
+        for name, layer in changing.items():
+            snapshot.remember(name, layer)
+        originals = snapshot.originals() if members else {}
+        dense = {name: x for name, x in originals.items() if name.rpartition(".")[0] in changing}
         student.masked.remove()
         masks = {} if student.projected is None else student.projected.masks
         settle_(student.adapted, args, student.gates, masks, self._plan, batch)
@@ -364,20 +372,20 @@ def _constant(step: int) -> float:
     return 1.0
 
 
-def _copies(model: nn.Module, student: Student) -> dict[str, Tensor]:
-    """Return the weights that settling changes, by name in the plain model, on the CPU."""
-    copies = {}
-    lora = {name.rpartition(".lora_")[0] for name in student.roles.lora()}
-    readers = [] if student.gates is None else [width.name for width in student.gates.widths]
-    stream = None if student.gates is None else student.gates.stream
-    others = [*readers, *(() if stream is None else (stream.embedding, *stream.writers))]
-    for name, module in student.adapted.named_modules():
-        plain = name.removeprefix("base_model.model.")
-        if name in lora or plain in others:
-            layer: Any = module.get_base_layer() if hasattr(module, "get_base_layer") else module
-            for key, parameter in layer.named_parameters(recurse=False):
-                copies[f"{plain}.{key}"] = parameter.detach().to("cpu", copy=True)
-    return copies
+def _changing(student: Student) -> dict[str, nn.Module]:
+    """Return the layers whose weights settling changes, by their names in the plain model; adapters left out."""
+    others: set[str] = set()
+    if student.gates is not None:
+        others |= {width.name for width in student.gates.widths}
+        stream = student.gates.stream
+        others |= set() if stream is None else {stream.embedding, *stream.writers}
+    found = {}
+    for name, module in student.adapted.get_base_model().named_modules():
+        if hasattr(module, "get_base_layer"):
+            found[name] = module.get_base_layer()
+        elif name in others:
+            found[name] = module
+    return found
 
 
 def _digest(model: nn.Module) -> str:

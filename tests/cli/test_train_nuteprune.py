@@ -1,0 +1,104 @@
+"""`sparsekit train nuteprune`: one model or a family of them, each cut, saved, judged and timed; and its mistakes."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+import sparsekit as sk
+from sparsekit.cli import app
+from sparsekit.cli.family_plot import draw_family
+from sparsekit.cli.train_nuteprune import budget_fields
+
+SMALL = ["--batch-size", 2, "--max-seq-length", 16, "--lora-rank", 2, "--set", "gate_learning_rate=2.0"]
+SHORT = [*SMALL, "--no-bench", "--no-plot"]
+
+
+def run(*words):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def test_a_family_is_saved_judged_timed_and_drawn(tiny_model, text, tmp_path):
+    out, report = tmp_path / "out", tmp_path / "report.json"
+    words = [tiny_model, out, "--dataset", text, "--eval-dataset", text, "--steps", 8, *SMALL, "--json", report]
+    result = run("train", "nuteprune", *words, "--keep", "20%", "--keep", "40%", "--dtype", "fp32")
+    assert result.exit_code == 0, result.stdout + result.stderr
+    document = json.loads(report.read_text())
+    assert document["ok"] and {"training", "family", "check sparsity-20", "check sparsity-40"} <= document.keys()
+    rows = document["family"]["rows"]
+    assert [row["model"] for row in rows] == ["dense", "sparsity-20", "sparsity-40"]
+    assert [row["sparsity"] for row in rows] == pytest.approx([0, 0.2, 0.4], abs=0.02)
+    assert all(row["perplexity"] > 0 and row["prefill ms"] > 0 and row["decode ms"] > 0 for row in rows)
+    assert json.loads((out / "family.json").read_text()) == rows
+    assert "40% of the blocks to go; 20% kept on the way" in result.stdout and "step 8/8" in result.stdout
+    for name in ("training.png", "family.png"):
+        assert (out / name).read_bytes()[:4] == b"\x89PNG"
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    sizes = []
+    for row in rows[1:]:
+        folder = out / row["model"]
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        assert sk.check(model, sk.Plan.load(folder / "plan.safetensors")).ok
+        assert AutoTokenizer.from_pretrained(folder)("a")["input_ids"] == tokenizer("a")["input_ids"]
+        found = sk.perplexity(model, text, tokenizer, max_seq_length=16, progress=False)
+        assert found.value == pytest.approx(row["perplexity"], rel=1e-3)
+        sizes.append(sum(parameter.numel() for parameter in model.parameters()))
+    assert sizes[0] > sizes[1] and sizes == [row["parameters"] for row in rows[1:]]
+
+
+def test_one_model_and_a_resume(tiny_model, text, tmp_path):
+    words = ["train", "nuteprune", tiny_model, tmp_path / "out", "--dataset", text, "--steps", 4, *SHORT]
+    words += ["--sparsity", "30%", "--save-steps", 2, "--uniform"]
+    whole = run(*words)
+    assert whole.exit_code == 0, whole.stdout + whole.stderr
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.intermediate_size < 64
+    again = run(*words, "--resume")
+    assert again.exit_code == 0, again.stderr
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for (name, one), two in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two), name
+
+
+def test_options_on_the_budget():
+    assert budget_fields(None, [], None, None) == {"sparsity": 0.5, "keep": []}
+    assert budget_fields(None, ["50%", "0.1", "25%"], None, None) == {"sparsity": 0.5, "keep": [0.1, 0.25]}
+    assert budget_fields("60%", ["50%", "60%"], None, None) == {"sparsity": 0.6, "keep": [0.5]}
+    assert budget_fields(None, [], 1.5, None) == {"constraints": {"speedup": 1.5}}
+    assert budget_fields(None, [], None, 3.0) == {"constraints": {"latency_ms": 3.0}}
+    for given in (("20%", [], 1.5, None), (None, [], 1.5, 3.0), (None, ["10%"], 1.5, None), ("x", [], None, None)):
+        with pytest.raises(ValueError):
+            budget_fields(*given)
+
+
+@pytest.mark.parametrize(
+    "words,said",
+    [
+        ([], "--tokens"),
+        (["--steps", 4, "--sparsity", "20%", "--speedup", 1.5], "--sparsity and --speedup: two budgets"),
+        (["--steps", 4, "--sparsity", "20%", "--keep", "30%"], "kept on the way to sparsity=0.2"),
+        (["--steps", 4, "--keep", "much"], "sparsity='much' is no budget"),
+        (["--steps", 4, "--teachers", "papr"], "Did you mean 'paper'"),
+        (["--steps", 4, "--hidden"], "lm_head shares its weight"),
+        (["--steps", 4, "--paper"], "lm_head shares its weight"),
+        (["--steps", 4, "--lora-rank", 3, "--set", "lora_rank=4"], "--lora-rank 3 and --set lora_rank=4"),
+        (["--steps", 4, "--set", "gatelearning_rate=1"], "did you mean 'gate_learning_rate'?"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else " ".join(map(str, value)),
+)
+def test_mistakes(tiny_model, text, tmp_path, monkeypatch, words, said):
+    from sparsekit.train import NutePruneTrainer
+
+    monkeypatch.setattr(NutePruneTrainer, "train", lambda *_, **__: pytest.fail("training was begun"))
+    result = run("train", "nuteprune", tiny_model, tmp_path / "out", "--dataset", text, "--no-plot", *words)
+    assert result.exit_code in (1, 2) and said in " ".join(result.stderr.split()), result.stderr
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out-checkpoints").exists()
+
+
+def test_the_plot_draws_what_was_measured():
+    rows = [{"sparsity": share, "perplexity": 10 + 30 * share} for share in (0.0, 0.1, 0.5)]
+    assert draw_family(rows, "a model")[:4] == b"\x89PNG"
+    timed = [row | {"prefill ms": 9 - 8 * row["sparsity"]} for row in rows]
+    assert len(draw_family(timed, "a model")) > len(draw_family(rows, "a model"))
