@@ -140,7 +140,7 @@ def as_side_(model: Any, plan: Plan) -> nn.Module:
     try:
         dead = _dead_columns(plain, plan)
     except BaseException:
-        _put_back(plain, wrappers)
+        _put_back(model, wrappers)
         raise
     for name, (B, A) in factors.items():
         install_side_(plain, name, SideBranch(B, A))
@@ -154,7 +154,7 @@ def as_side_(model: Any, plan: Plan) -> nn.Module:
 
 def _refuse(model: nn.Module) -> None:
     """Raise where LoRA cannot be put on, or not be merged in the end."""
-    if adapter_layers(model) or hasattr(model, "peft_config"):
+    if adapter_layers(model) or hasattr(model, "get_base_model"):
         names = sorted(getattr(model, "peft_config", {})) or ["of unknown name"]
         raise ValueError(
             f"the model has adapters already ({', '.join(names)}): fold them in, model = model.merge_and_unload(), or "
@@ -221,15 +221,18 @@ def _taken_off(model: Any) -> nn.Module:
     for name, layer in _wrappers(model).items():
         parent, _, attribute = name.rpartition(".")
         plain.get_submodule(parent)._modules[attribute] = layer.get_base_layer()
+    vars(plain).pop("peft_config", None)  # by which other tools know a model that has adapters
     wanted = set(vars(model).get(_WANTED, ()))
     for name, parameter in plain.named_parameters():
         parameter.requires_grad_(name in wanted)
     return plain
 
 
-def _put_back(plain: nn.Module, wrappers: dict[str, Any]) -> None:
+def _put_back(model: Any, wrappers: dict[str, Any]) -> None:
     """Undo `_taken_off`."""
+    plain = model.get_base_model()
     plain.requires_grad_(False)
+    plain.peft_config = model.peft_config
     for name, layer in wrappers.items():
         parent, _, attribute = name.rpartition(".")
         plain.get_submodule(parent)._modules[attribute] = layer

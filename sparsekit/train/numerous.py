@@ -323,7 +323,7 @@ class TeacherSchedule:
             return self._passed[-self.lag] if len(self._passed) >= self.lag else None
         num_left, num_marks = self._walk
         period = max(num_left // (num_marks + 1), 1)
-        mark = min((self.num_steps - step) // period - self.lag, num_marks - 1)
+        mark = min((self.num_steps - step) // period, num_marks + 1) - self.lag
         return self._passed[mark] if mark >= 0 else None
 
     def _nearest(self, step: int, distances: Callable[[], Distances] | None) -> int | None:

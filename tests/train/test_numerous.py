@@ -408,7 +408,7 @@ def test_a_target_that_is_not_reached_is_walked_back_from():
     teachers = run(schedule, snapshots, curve(0.3001, 60), 200)
     assert len(snapshots) == 30
     assert teachers[60:160] == [21] * 100  # until three quarters of what follows the warm-up
-    assert teachers[160:] == [max(min(31 - i, 30), 0) for i in range(40)]  # what the steps leave time for
+    assert teachers[160:] == [max(min(22, 31 - i), 0) for i in range(40)]
 
 
 def test_a_projection_reaches_the_target():
@@ -417,7 +417,7 @@ def test_a_projection_reaches_the_target():
     run(schedule, snapshots, curve(0.2501, 50), 60)
     schedule.reach(60)
     later = [schedule.teacher(step) for step in range(60, 90)]
-    assert later[0].sparsity == pytest.approx(0.2, abs=0.011) and later[-1] is None
+    assert later[0].sparsity == pytest.approx(0.17, abs=0.006) and later[-1] is None
     assert not schedule.observe(61, 0.29, lambda: snapshots.add(0.29))
 
 
