@@ -93,8 +93,8 @@ def settle_(
 class Family(Mapping[float, tuple[Plan, nn.Module]]):
     """The models of one run, by the sparsity that was asked for: each a plan, and a model that is cut to it.
 
-    Each is made when it is asked for, from a copy of the model that was trained, so only those that you hold take
-    memory.
+    Each is made when it is asked for, from a copy of the dense model on the CPU, so only those that you hold take
+    memory beside that.
     """
 
     def __init__(
@@ -107,8 +107,10 @@ class Family(Mapping[float, tuple[Plan, nn.Module]]):
         dense: Mapping[str, Tensor],
         batch: Mapping[str, Tensor],
     ) -> None:
-        self._model, self._args, self._gates, self._plan = model, args, gates, plan
-        self._members, self._dense, self._batch = members, dense, batch
+        self._args, self._gates, self._plan = args, gates, plan
+        self._members, self._batch = members, batch
+        self._device = next(model.parameters()).device
+        self._dense = _copy_with(model, dense) if members else model
 
     def __len__(self) -> int:
         return len(self._members)
@@ -117,13 +119,7 @@ class Family(Mapping[float, tuple[Plan, nn.Module]]):
         return iter(self._members)
 
     def __getitem__(self, sparsity: float) -> tuple[Plan, nn.Module]:
-        member, model = self._members[sparsity], copy.deepcopy(self._model)
-        for name, layer in side_layers(model).items():
-            replace_layer_(model, name, without_branch(layer))
-        for name in {name.rpartition(".")[0] for name in self._dense}:
-            layer = model.get_submodule(name)
-            for key, parameter in layer.named_parameters(recurse=False):
-                parameter.data.copy_(self._dense[f"{name}.{key}"])
+        member, model = self._members[sparsity], copy.deepcopy(self._dense).to(self._device)
         adapted = add_lora(model, self._args)
         with torch.no_grad():
             for name, parameter in lora_parameters(adapted).items():
@@ -142,6 +138,20 @@ class Family(Mapping[float, tuple[Plan, nn.Module]]):
             notes=[*self._plan.notes, *member.projected.notes],
             cuts=cuts_of(self._gates, member.projected.masks),
         )
+
+
+def _copy_with(model: nn.Module, dense: Mapping[str, Tensor]) -> nn.Module:
+    """Return a copy of a model on the CPU, with these parameters, and without side branches."""
+    own: dict[int, Any] = {}
+    for name, parameter in model.named_parameters():
+        value = dense[name] if name in dense else parameter.detach().to("cpu", copy=True)
+        own[id(parameter)] = nn.Parameter(value, parameter.requires_grad)
+    for buffer in model.buffers():
+        own[id(buffer)] = buffer.detach().to("cpu", copy=True)
+    copied = copy.deepcopy(model, own)  # what is in the memo is taken for the copy
+    for name, layer in side_layers(copied).items():
+        replace_layer_(copied, name, without_branch(layer))
+    return copied
 
 
 def _gone(mask: Tensor) -> Tensor:

@@ -84,6 +84,7 @@ class Student:
             self.gates = Gates.of(model, args.kinds, widths=widths, stochastic=args.gates == "hard_concrete")
             constraint = _constraint(model, self.gates, args, widths, length)
             self.constraint = _same_times_everywhere(constraint, args.device)
+            _refuse_unreachable(self.constraint, self.gates, args.keep)
             self.lagrangian = self.constraint.lagrangian().to(self.gates.log_alpha.device)
         self.adapted = add_lora(model, args)
         self.masked = Masked(self.adapted, []) if self.gates is None else Masked.of(self.adapted, self.gates)
@@ -295,6 +296,15 @@ def _constraint(
     names = ("round_to", "tensor_parallel", "uniform", "min_heads", "min_channels", "batch")
     given: dict[str, Any] = {name: getattr(args, name) for name in names}
     return Constraint.of(model, gates, args.budget, widths=widths, length=args.length or length, **given)
+
+
+def _refuse_unreachable(constraint: Constraint, gates: Gates, keep: list[float]) -> None:
+    """Raise ValueError, now and not on the way, where legal numbers of units miss what is to be kept."""
+    for sparsity in keep:
+        try:
+            constraint.project(gates, sparsity=sparsity)
+        except ValueError as error:
+            raise ValueError(f"keep={keep}: {error}") from None
 
 
 def _with_costs(constraint: Constraint, curves: dict[str, np.ndarray], fixed: int) -> Constraint:

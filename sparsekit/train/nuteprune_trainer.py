@@ -108,7 +108,9 @@ class NutePruneTrainer(SparseTrainer):
                 self._untie_(model, snapshot)
                 with restored_whole_on_failure(model, twin=model):
                     result = super().train(*args, **kwargs)
-                    self._settle_(model, snapshot)
+                    plan, *outcome = self._settle_(model, snapshot)
+                made = Family(model, self.args, *outcome)
+            self._plan, self._family = plan, made
         finally:
             self._student = self._teacher = None
         return result
@@ -163,8 +165,9 @@ class NutePruneTrainer(SparseTrainer):
         """Return the schedule of LoRA; gates and multipliers have constant rates."""
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if not isinstance(scheduler, LambdaLR):
+            name = getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type)
             raise ValueError(
-                f"lr_scheduler_type={str(self.args.lr_scheduler_type)!r} changes the rate of gates, too: take one that "
+                f"lr_scheduler_type={name!r} changes the rate of gates, too: take one that "
                 "is known in advance, as 'linear' or 'cosine'"
             )
         others = len(scheduler.optimizer.param_groups) - 1
@@ -276,17 +279,17 @@ class NutePruneTrainer(SparseTrainer):
 
     # --- after the last step ---------------------------------------------------------------------------------------
 
-    def _settle_(self, model: nn.Module, snapshot: Snapshot) -> None:
-        """Make the model what it is to be, and write the plan."""
+    def _settle_(self, model: nn.Module, snapshot: Snapshot) -> tuple[Any, ...]:
+        """Make the model what it is to be, and return its plan, and what a family is made of."""
         student, args = self.student, self.args
         done = self.state.global_step
         if done < self.state.max_steps:
             self.notes.append(f"training ended at step {done} of {self.state.max_steps}")
         if student.gates is not None and student.projected is None:
             student.freeze_(done)
-        self._plan = self._plan_of(student)
+        plan = self._plan_of(student)
         batch = self._prepare_inputs(self._probe())
-        bare = Plan(made_by=self._plan.made_by, notes=list(self.notes))
+        bare = Plan(made_by=plan.made_by, notes=list(self.notes))
         members: dict[float, Member] = {each.sparsity: each for each in student.members}
         members |= {args.sparsity: student.last_member()} if members else {}
         changing = _changing(student)
@@ -296,8 +299,8 @@ class NutePruneTrainer(SparseTrainer):
         dense = {name: x for name, x in originals.items() if name.rpartition(".")[0] in changing}
         student.masked.remove()
         masks = {} if student.projected is None else student.projected.masks
-        settle_(student.adapted, args, student.gates, masks, self._plan, batch)
-        self._family = Family(model, args, student.gates, bare, members, dense, batch)
+        settle_(student.adapted, args, student.gates, masks, plan, batch)
+        return plan, student.gates, bare, members, dense, batch
 
     def _plan_of(self, student: Student) -> Plan:
         args, samples, model = self.args, self.train_samples, self.accelerator.unwrap_model(self.model)

@@ -80,7 +80,7 @@ def run(args, model=None, resume=None, cls=NutePruneTrainer):
 
     def look(*given):
         found.append(trainer.student)
-        settle(*given)
+        return settle(*given)
 
     trainer._settle_ = look
     trainer.train(resume_from_checkpoint=resume)
