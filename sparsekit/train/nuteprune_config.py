@@ -95,7 +95,7 @@ class NutePruneConfig(SparseTrainingArguments):
     teachers: str = "nearest"
     teacher_steps: int = 10
     lora_rank: int = 16
-    lora_alpha: float | None = None
+    lora_alpha: Any = None
     lora_targets: Any = ALL_LINEAR
     kd_weight: float = 1.0
     ce_weight: float = 0.0
@@ -173,7 +173,7 @@ class NutePruneConfig(SparseTrainingArguments):
         asked = [self.keep] if isinstance(self.keep, str | int | float) else list(self.keep or ())
         if asked and (self.constraints is not None or self.sparsity == 0):
             raise ValueError(f"keep={asked!r} goes with a sparsity that is larger than those to keep: give that")
-        kept = sorted({Budget.parse(each).amount for each in asked})
+        kept = sorted({Budget.parse({"sparsity": each}).amount for each in asked})
         if kept and not 0 < kept[0] <= kept[-1] < self.sparsity:
             raise ValueError(
                 f"keep={asked!r}: these are kept on the way to sparsity={self.sparsity}, so each must be between 0 and "
@@ -230,7 +230,7 @@ class NutePruneConfig(SparseTrainingArguments):
         """
         sparsity = fields.get("sparsity", 0.5)
         slow = isinstance(sparsity, int | float) and sparsity <= 0.2 and fields.get("constraints") is None
-        recipe = {
+        recipe: dict[str, Any] = {
             "hidden": True,
             "sparsity_warmup": 4 / 7 if slow else 1 / 7,
             "ramp": "linear",
@@ -256,8 +256,15 @@ class NutePruneConfig(SparseTrainingArguments):
         Args:
             **fields: of this class; they go before those of the recipe.
         """
-        recipe = {"sparsity": 0.0, "teachers": "none", "kd_weight": 0.0, "ce_weight": 1.0, "learning_rate": 1e-4}
-        return cls(**recipe | {"lora_rank": 8} | fields)
+        recipe: dict[str, Any] = {
+            "sparsity": 0.0,
+            "teachers": "none",
+            "kd_weight": 0.0,
+            "ce_weight": 1.0,
+            "learning_rate": 1e-4,
+            "lora_rank": 8,
+        }
+        return cls(**recipe | fields)
 
     def train_(
         self,

@@ -53,8 +53,8 @@ def deaden_(model: nn.Module, gates: Gates, masks: Masks, batch: Mapping[str, Te
     """
     notes = []
     for name, blocks in gates.layers.items():
-        gone = [block for block, stays in zip(blocks, masks[name].tolist(), strict=True) if not stays]
-        alive = [block for block in gone if not _silence_(model, block, dict(batch), Snapshot(model))]
+        dropped = [block for block, stays in zip(blocks, masks[name].tolist(), strict=True) if not stays]
+        alive = [block for block in dropped if not _silence_(model, block, dict(batch), Snapshot(model))]
         if alive:
             notes.append(f"{alive[0]} cannot pass on its input by zeros in its weights: apply_ takes it out")
     for width in gates.widths:

@@ -29,6 +29,7 @@ from sparsekit.targets import find_targets, show_entries
 from sparsekit.thin_stream import _left_out
 from sparsekit.train.adapters import _refuse as refuse_adapters
 from sparsekit.train.data import collate
+from sparsekit.train.distill import TeacherOutput
 from sparsekit.train.nuteprune_config import NutePruneConfig
 from sparsekit.train.nuteprune_loss import student_loss
 from sparsekit.train.nuteprune_result import Family, cuts_of, settle_
@@ -219,7 +220,8 @@ class NutePruneTrainer(SparseTrainer):
         labels = shifted(inputs["labels"])
         batch = {key: value for key, value in inputs.items() if key != "labels"}
         matches_hidden = learns and args.hidden_weight > 0 and args.teachers != "none"
-        taught, taught_hidden = None, ()
+        taught: TeacherOutput | None = None
+        taught_hidden: tuple[Tensor, ...] = ()
         if student is not None and not learns:
             student.masked.masks = student.settled()
         elif student is not None and args.teachers != "none":
