@@ -468,8 +468,8 @@ class Probe:
     def __init__(self, roles: Roles, inputs: Mapping[str, Tensor], top_k: int = 64) -> None:
         self.roles, self.top_k = roles, top_k
         self.inputs = {key: value.to(roles.device) for key, value in inputs.items() if key != "labels"}
-        base = roles.model.get_base_model() if hasattr(roles.model, "get_base_model") else roles.model
-        assert isinstance(base, nn.Module)
+        get_base = getattr(roles.model, "get_base_model", None)
+        base: nn.Module = get_base() if callable(get_base) else roles.model
         self._options = {"use_cache": False} if "use_cache" in inspect.signature(base.forward).parameters else {}
         self._intact: TopK | None = None
         self._said: dict[int, tuple[float, TopK]] = {}
