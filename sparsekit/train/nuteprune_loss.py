@@ -25,6 +25,7 @@ def student_loss(
     labels: Tensor,
     attention_mask: Tensor | None,
     num_items: Any = None,
+    learns: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the loss, and its parts as means over this batch's tokens.
 
@@ -34,20 +35,18 @@ def student_loss(
         taught_hidden: embedding and output of each block of the teacher, where these are to be matched.
         labels: shifted.
         num_items: tokens of the whole step, of which these are a share.
+        learns: False for the cross entropy alone, as in evaluation.
     """
     num_here = (labels != IGNORED).sum().clamp(min=1)
     kd_weight = args.kd_weight if taught is not None else 0.0
     if args.kd_reduction == "sequences":
         kd_weight *= float(num_here) / len(labels)
-    ce_weight = float(args.ce_weight)
-    if taught is None and ce_weight == 0:
-        ce_weight = 1.0  # as in evaluation
     loss = distillation_loss(
         outputs.logits,
         taught,
         labels,
         kd_weight=kd_weight,
-        ce_weight=ce_weight,
+        ce_weight=args.ce_weight if learns else 1.0,
         temperature=args.temperature,
         kind=args.kd_kind,
         num_items=num_items,

@@ -231,7 +231,7 @@ class NutePruneTrainer(SparseTrainer):
             taught_hidden, self._teacher.hidden_states = self._teacher.hidden_states, ()
         outputs = model(**batch, use_cache=False, output_hidden_states=matches_hidden)
         mask = batch.get("attention_mask")
-        total, parts = student_loss(args, outputs, taught, taught_hidden, labels, mask, num_items_in_batch)
+        total, parts = student_loss(args, outputs, taught, taught_hidden, labels, mask, num_items_in_batch, learns)
         if learns:
             self.note_losses(**parts)
         if num_items_in_batch is not None and args.average_tokens_across_devices and args.world_size > 1:

@@ -208,7 +208,7 @@ def test_a_branch_in_place_of_a_merge(tmp_path):
 
 def test_evaluation_sees_the_model_as_it_will_be(tmp_path):
     model, data = llama(), text(8)
-    trainer = train(model, tmp_path, eval_data=data, eval_strategy="steps", eval_steps=5)
+    trainer = train(model, tmp_path, eval_data=data, eval_strategy="steps", eval_steps=5, ce_weight=0.2)
     found = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
     batch = torch.stack(data)
     with torch.no_grad():
