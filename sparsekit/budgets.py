@@ -198,7 +198,7 @@ class Budget:
             said = f"{now} of {before} ms are left, by the latency table"
         else:
             said = f"{(cost + costs.added) / max(costs.dense, 1):.1%} of the {costs.measure} of the blocks are left"
-        return f"{said}; nothing nearer to {self} was found" if cost < self.limits(costs)[0] else said
+        return f"{said}; what goes here goes in steps too large for {self}" if cost < self.limits(costs)[0] else said
 
     def __str__(self) -> str:
         share = self.is_share and self.kind != "sparsity"

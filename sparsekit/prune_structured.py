@@ -125,7 +125,8 @@ def _narrow_(
     bar.expect(2 * len(own))  # half of them for what units are worth
     job = Job(model, own, inputs, solver, bar, seed, labelled=batches, notes=plan.notes)
     if config.second_pass is Moments:
-        job.first_only = first_only_readers(model, [width.name for width in own], inputs[0])
+        tuned = [width.name for width in own if config.fits_first_only(width)]
+        job.first_only = first_only_readers(model, tuned, inputs[0])
     if config.thins is not False:
         why_not = Thinner.refusal(model, layers, config.thins, solver.budget.measure)
         if why_not and config.thins:

@@ -30,9 +30,11 @@ from sparsekit.methods.structured.depth import Judge, influences
 from sparsekit.methods.structured.inputs import mean_length
 from sparsekit.methods.structured.sensitivity import measure_sensitivity
 from sparsekit.nn import sparse_layers
+from sparsekit.patterns import NM, parse_pattern
 from sparsekit.progress import progress_bar
 from sparsekit.report import Report
-from sparsekit.targets import is_linear
+from sparsekit.sparsify import for_packing
+from sparsekit.targets import find_targets, is_linear
 
 PLAN, PLOT = "plan.safetensors", "sensitivity.png"
 LENGTH = 128
@@ -80,6 +82,8 @@ class _Run:
         }
         self.batches: list[Batch] = []
         self.data: Any = self._read()
+        if len(options.patterns) == 2 and parse_pattern(options.patterns[1]) == NM(2, 4):
+            self.config = for_packing(self.config, find_targets(model))
         linears = [name for name, module in model.named_modules() if is_linear(module)]
         found = mean_length(model, next(iter(linears), ""), self.batches) if self.batches else None
         self.length = options.length or found or LENGTH

@@ -134,8 +134,11 @@ def hidden_size_for(model: nn.Module, config: SliceGPT, stream: Stream, batches:
     shares = np.arange(size + 1) / size
     if budget.measure == "params":
         params = sum(parameter.numel() for parameter in model.parameters())
-        whole = count_params(model, widths).dense if budget.is_share else params
-        costs = Costs("params", {"hidden": np.round(whole * shares).astype(np.int64)})
+        own_head = model.get_submodule(stream.head).get_parameter("weight").numel() if is_tied(model, stream) else 0
+        whole = count_params(model, widths).dense if budget.is_share else params + own_head
+        curve = np.ceil(whole * shares).astype(np.int64)
+        curve[-1] = whole if budget.is_share else params  # uncut, a head stays tied
+        costs = Costs("params", {"hidden": curve})
     else:
         length = config.length or mean_length(model, widths[0].name, batches) or 128
         dense = count_flops(model, widths, length).dense
