@@ -155,8 +155,11 @@ class Budget:
         else:
             legal, example = amount >= 1 if kind == "speedup" else amount > 0, "1.5" if kind == "speedup" else "12.0"
             legal = legal and not is_share
+        if kind in ("flops", "params") and not is_share and 1 < amount <= 100:
+            raise ValueError(f"{kind}={entry!r} is a number of {kind}, and no share: write '{amount:g}%' for one")
         if not legal:
-            raise ValueError(f"{kind}={entry!r} is no budget: give a number such as {example}")
+            within = "a share of up to 100% or a number" if kind in ("flops", "params") else "a number"
+            raise ValueError(f"{kind}={entry!r} is no budget: give {within}, as {example}")
         return cls(kind, amount, is_share)
 
     @property

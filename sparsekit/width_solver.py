@@ -70,6 +70,12 @@ class WidthSolver:
         added = now.fixed - before.fixed if self.budget.is_share else 0  # in `fixed` it counts for the whole model
         self.costs = replace(now, added=added, before=before.dense)
 
+    def check(self) -> None:
+        """Raise ValueError if no legal widths reach the budget; nothing needs to be known of what units are worth."""
+        remarks = list(self.remarks)
+        self.evenly()
+        self.remarks = remarks
+
     def choose_stream(
         self, model: nn.Module, values: Mapping[str, Tensor], losses: Mapping[int, float], size: int, untied: int
     ) -> tuple[int, dict[str, int]]:

@@ -83,8 +83,9 @@ class Stream:
         embedding, head = get_input() if get_input else None, get_head() if get_head else None
         if not isinstance(embedding, nn.Embedding) or head is None or not is_linear(head):
             raise Unsupported(
-                f"method='slicegpt' turns the hidden states of {type(model).__name__}, and without an embedding and a "
-                "linear output layer, which turn along, its answers would be others: load the model with its head"
+                f"hidden dimensions of {type(model).__name__} cannot go: they are turned first, which takes RMSNorms "
+                "and an output layer that turns along, as Llama and its like have. Use method='contribution', which "
+                "takes heads and channels out"
             )
         owner_of_stream(model, names[id(embedding)])
         blocks = find_blocks(model, [name for name, module in model.named_modules() if is_linear(module)])

@@ -296,7 +296,7 @@ def test_a_bias_that_was_given_is_taken_back_on_failure(monkeypatch):
     keys, config = set(model.state_dict()), model.config.to_dict()
     monkeypatch.setattr(FLAP, "score", lambda self, job: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        pruned(model, FLAP())
+        pruned(model, FLAP(sparsity=0.397))
     assert set(model.state_dict()) == keys and model.config.to_dict() == config
 
 
@@ -401,7 +401,7 @@ REFUSED = {
     "padding and labels": ("fisher", {"dataset": [{"input_ids": [1], "attention_mask": [0], "label": 1}]}, "padding"),
     "foreign tokens": ("flap", {"dataset": [[1, 99]]}, "token ids from 1 to 99, and the model knows 0 to 60"),
     "too little left": (Contribution(constraints={"flops": "9%"}), {}, r"flops=9% within .*'flops': '\d+%'.*min_heads"),
-    "too few parameters": (Contribution(constraints={"params": 9}), {}, r"params=9 within .*'params': \d+}"),
+    "too few parameters": (Contribution(constraints={"params": 900}), {}, r"params=900 within .*'params': \d+}"),
     "more than there is": (FLAP(constraints={"params": 1e9}), {}, r"more than the model costs: {'params': \d+}"),
     "coarse steps": (WandaSP(round_to=999), {}, "sparsity=0.5 within .*smaller round_to"),
     "too many devices": (KCM(tensor_parallel=5, min_channels=36), {}, "tensor_parallel=5 .* use fewer devices"),
@@ -431,6 +431,22 @@ def test_what_is_refused_says_why_and_leaves_the_model_as_it_was(case):
     assert all(torch.equal(after[key].nan_to_num(), before[key].nan_to_num()) for key in before)
     assert model.config.to_dict() == config
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("method", ["contribution", "kcm", "flap", "fisher"])
+def test_a_budget_out_of_reach_is_told_before_long_work(method, monkeypatch):
+    def never(*args):
+        raise AssertionError("the model ran")
+
+    monkeypatch.setattr(transformers.BertModel, "forward", never)
+    with pytest.raises(ValueError, match="no legal widths reach"):
+        pruned(tiny_model("bert"), METHODS.get(method)(constraints={"flops": "3%"}, length=20))
+
+
+def test_a_model_that_reads_two_texts():
+    config = transformers.T5Config(vocab_size=61, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4)
+    with pytest.raises(Unsupported, match="reads two texts at a time|heads|channels"):
+        pruned(transformers.T5ForConditionalGeneration(config), "contribution", token_samples(4))
 
 
 @pytest.mark.parametrize("round_to", [1, 3, 4, 6, 9])
