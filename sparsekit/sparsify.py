@@ -1,8 +1,9 @@
 """The drop-in: prune, make it true, pack, check."""
 
 import copy
+import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -14,8 +15,9 @@ from sparsekit.check import check
 from sparsekit.errors import SparsekitError
 from sparsekit.formats import FORMATS, WeightSpec
 from sparsekit.formats.block import MOST_OF_DENSE, share_of_dense
-from sparsekit.methods import TRAINED, OneShot, SparseGPT, StructuredMethod, Trained, is_trained, method_config
+from sparsekit.methods import METHODS, TRAINED, OneShot, SparseGPT, StructuredMethod, Trained, is_trained, method_config
 from sparsekit.methods.grid import is_quantised
+from sparsekit.methods.structured import WidthMethod
 from sparsekit.nn import unwrapped
 from sparsekit.pack import pack_
 from sparsekit.patterns import NM, Block, Depth, Pattern, Structured, parse_pattern
@@ -105,11 +107,16 @@ def sparsify(
         "seed": seed,
         "progress": progress,
     }
+    if len(stages) > 1 and isinstance(dataset, Iterator):
+        raise ValueError(f"pattern={pattern!r} reads the dataset more than once, and an iterator runs dry: pass a list")
     layers = find_targets(model, targets, ignore)
     configs: list[StructuredMethod | Trained | None] = []
     for wanted, asked in stages:
         if isinstance(wanted, Structured | Depth) or _makes_smaller(asked):
-            configs.append(_choose_structured(asked, wanted, sparsity, constraints, dataset is not None))
+            chosen = _choose_structured(asked, wanted, sparsity, constraints, dataset is not None)
+            if stages[-1][0] == NM(2, 4) and (asked is None or isinstance(asked, str)):
+                chosen = for_packing(chosen, layers)
+            configs.append(chosen)
             continue
         configs.append(None)
         if constraints is not None and len(stages) == 1:
@@ -212,6 +219,12 @@ def _stages(pattern: Any, method: Any) -> list[tuple[Pattern, Any]]:
     for each in patterns[:-1]:
         if not isinstance(each, Structured | Depth):
             raise ValueError(f"pattern={pattern!r}: {each} must come last, for what goes later would break it")
+    cutting = [method for each, method in zip(patterns, methods, strict=True) if isinstance(each, Structured | Depth)]
+    if len(cutting) > 1 and not all(_makes_smaller(method) for method in cutting):
+        raise ValueError(
+            f"pattern={pattern!r} cuts more than once, and one budget does not say how much each time: pass a list of "
+            "configs as method, each with its own, as [sk.Depth(sparsity=0.2), sk.Contribution(sparsity=0.2)]"
+        )
     return list(zip(patterns, methods, strict=True))
 
 
@@ -236,6 +249,14 @@ def _choose_structured(
     if constraints not in (None, config.constraints):
         raise ValueError(f"constraints={constraints!r}, and method has its own budget: give it to the method")
     return config
+
+
+def for_packing(config: T, layers: Mapping[str, nn.Module]) -> T:
+    """Return the config with widths that packed 2:4 weights fill: multiples of 16, or of 8, as the model's own are."""
+    widest = math.gcd(16, *(weight_NK(layer).shape[1] for layer in layers.values()))
+    if not isinstance(config, WidthMethod) or config.round_to != 1 or widest < 8:
+        return config
+    return replace(config, round_to=widest)
 
 
 def default_method(pattern: Pattern, has_data: bool) -> str:
@@ -299,6 +320,12 @@ def _choose_method(method: Any, pattern: Pattern, sparsity: float, format: str, 
             )
         method = default_method(pattern, has_data)
     if isinstance(method, str):
+        named = method.strip().lower().replace("-", "_")
+        kind = METHODS.get(named) if named in METHODS else None
+        if kind is not None and issubclass(kind, StructuredMethod):
+            raise ValueError(
+                f"method={method!r} makes the pattern {kind.kind}, and pattern={str(pattern)!r} came with it"
+            )
         if method.strip().lower() in TRAINED:
             if sparsity != pattern.fixed_sparsity() and sparsity != 0.5:
                 raise ValueError(f"sparsity={sparsity}: pattern {pattern} fixes it for method={method!r}; leave it out")

@@ -38,7 +38,7 @@ _MOST_OF_ROUNDING = 0.1
 """By which answers may change, relatively, where they should not; bfloat16 makes a few hundredths."""
 _ROUND_TO = 8
 """Hidden sizes are a multiple of this at least: fewer make no matrix product faster."""
-_MOST_UNTIED = 0.01
+_MOST_UNTIED = 0.02
 """Of the model's parameters, what a head may have that needs a weight of its own for it, where nobody asked."""
 _LEAST, _MOST_TRIED = 0.5, 9
 """Of the dimensions, how many stay at least beside other cuts, and how many sizes are tried."""

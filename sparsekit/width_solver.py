@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sparsekit.archs import Width
 from sparsekit.benchmarking.latency_table import measure_latency
-from sparsekit.budgets import Budget, Costs, StreamSize, allocate, count_flops, count_params, even_values
+from sparsekit.budgets import Budget, Costs, StreamSize, allocate, count_flops, count_params, even_values, values_of
 from sparsekit.calibration.samples import Batch
 from sparsekit.methods.structured.base import WidthMethod
 from sparsekit.methods.structured.inputs import mean_length
@@ -69,6 +69,12 @@ class WidthSolver:
         now, before = count_params(model, self.legal.widths), self.costs
         added = now.fixed - before.fixed if self.budget.is_share else 0  # in `fixed` it counts for the whole model
         self.costs = replace(now, added=added, before=before.dense)
+
+    def check(self) -> None:
+        """Raise ValueError if no legal widths reach the budget; nothing needs to be known of what units are worth."""
+        remarks = list(self.remarks)
+        self.evenly()
+        self.remarks = remarks
 
     def choose_stream(
         self, model: nn.Module, values: Mapping[str, Tensor], losses: Mapping[int, float], size: int, untied: int
@@ -140,7 +146,14 @@ class WidthSolver:
 
     def above_threshold(self, scores: Mapping[str, Tensor]) -> dict[str, int]:
         """Take units by falling score, whatever they cost, while the budget pays for them; one that it does not pay for
-        is left out, and smaller ones after it are not."""
+        is left out, and smaller ones after it are not.
+
+        Where legal numbers are far apart, so much may be left out that the budget is not reached. Then the units of the
+        largest total score that reach it are taken.
+
+        Raises:
+            ValueError: no legal widths reach the budget.
+        """
         groups = [names for names in self.legal.groups if len(self.legal.numbers[names[0]]) > 1]
         counts = {name: numbers[0] for name, numbers in self.legal.numbers.items()}
         least, most = self.budget.limits(self.costs)
@@ -160,7 +173,10 @@ class WidthSolver:
                 above[index] += 1
                 left -= price
                 counts |= dict.fromkeys(names, wanted)
-        return counts
+        if self.costs.of(counts) >= least:
+            return counts
+        lowest = units.min()
+        return self.choose({name: values_of(each.double() - lowest) for name, each in scores.items()})
 
     def notes(self, counts: Mapping[str, int]) -> list[str]:
         """Return what a reader of the report must know about the numbers."""

@@ -264,9 +264,9 @@ def test_a_short_run_takes_no_tables_place(tmp_path):
 @pytest.mark.parametrize(
     "words, stages",
     [
-        ([], "probe correct tune decode prefill compile e2e train sanitize"),
+        ([], "probe correct tune decode prefill compile e2e train structured sanitize"),
         (["check"], "probe correct pytest sanitize"),
-        (["bench"], "decode prefill e2e compile train"),
+        (["bench"], "decode prefill e2e compile train structured"),
         (["tune"], "tune"),
     ],
 )

@@ -118,8 +118,9 @@ def test_what_is_written_is_what_is_meant(given, kind, amount, is_share):
         ({}, "give one budget"),
         ({"flops": 0.5, "params": 0.5}, "give one budget"),
         ({"flop": "60%"}, "Did you mean 'flops'"),
+        ({"flops": 60}, "flops=60 is a number of flops, and no share: write '60%' for one"),
         ({"flops": "sixty"}, "flops='sixty' is no budget"),
-        ({"flops": "120%"}, "flops='120%' is no budget: give a number such as '60%'"),
+        ({"flops": "120%"}, "flops='120%' is no budget: give a share of up to 100% or a number, as '60%'"),
         ({"flops": 0}, "flops=0"),
         ({"params": -1}, "params=-1"),
         ({"params": True}, "params=True"),
@@ -243,7 +244,7 @@ def test_budgets_out_of_reach_name_the_nearest():
 
     def message(given):
         with pytest.raises(ValueError) as caught:
-            allocate(values, costs, Budget.parse(given), legal)
+            allocate(values, costs, given if isinstance(given, Budget) else Budget.parse(given), legal)
         return str(caught.value)
 
     reachable = sorted({(a + b) / 200 for a in (20, 50, 100) for b in (30, 60, 100)})
@@ -252,7 +253,7 @@ def test_budgets_out_of_reach_name_the_nearest():
     assert "{'sparsity': 0.6} and {'sparsity': 0.45} can be had" in message(0.5)
     assert "0.1%: {'params': '25%'} can be had" not in message({"params": "10%"})
     assert "within 0.5%: {'params': '25%'} can be had" in message({"params": "10%"})
-    assert "{'params': 50} can be had" in message({"params": 2})
+    assert "{'params': 50} can be had" in message(Budget("params", 2))
     assert "round_to" in message({"params": "50%"})
     for share in reachable:
         assert allocate(values, costs, Budget.parse({"params": share}), legal).cost == round(200 * share)

@@ -70,7 +70,7 @@ def draw_widths(lines: Sequence[WidthLine], title: str) -> bytes:
             f"layer (colours as above, {len(own)} layers)" if has_curves else "layer", color=GREY
         )
     if has_curves:
-        axes[0][0].set_ylabel("divergence of the answers", color=GREY)
+        axes[0][0].set_ylabel("divergence of the answers (KL, nats; or squared error)", color=GREY)
         axes[0][0].set_ylim(_range(lines))
     axes[-1][0].set_ylabel("kept, %", color=GREY)
     return _png(figure)

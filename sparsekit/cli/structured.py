@@ -2,6 +2,7 @@
 
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from sparsekit.archs import find_blocks, find_widths
 from sparsekit.benchmarking import BATCH_SIZES, against_dense, free_bytes
 from sparsekit.benchmarking.machine import device_of
 from sparsekit.benchmarking.models import is_causal
-from sparsekit.budgets import MEASURES
+from sparsekit.budgets import MEASURES, Budget
 from sparsekit.calibration import load_samples
 from sparsekit.calibration.quiet import as_in_inference
 from sparsekit.calibration.samples import Batch
@@ -30,9 +31,13 @@ from sparsekit.methods.structured.depth import Judge, influences
 from sparsekit.methods.structured.inputs import mean_length
 from sparsekit.methods.structured.sensitivity import measure_sensitivity
 from sparsekit.nn import sparse_layers
+from sparsekit.patterns import NM, parse_pattern
 from sparsekit.progress import progress_bar
 from sparsekit.report import Report
-from sparsekit.targets import is_linear
+from sparsekit.sparsify import for_packing
+from sparsekit.targets import find_targets, is_linear
+from sparsekit.thin_stream import Thinner
+from sparsekit.width_solver import WidthSolver
 
 PLAN, PLOT = "plan.safetensors", "sensitivity.png"
 LENGTH = 128
@@ -80,6 +85,8 @@ class _Run:
         }
         self.batches: list[Batch] = []
         self.data: Any = self._read()
+        if len(options.patterns) == 2 and parse_pattern(options.patterns[1]) == NM(2, 4):
+            self.config = for_packing(self.config, find_targets(model))
         linears = [name for name, module in model.named_modules() if is_linear(module)]
         found = mean_length(model, next(iter(linears), ""), self.batches) if self.batches else None
         self.length = options.length or found or LENGTH
@@ -87,6 +94,7 @@ class _Run:
     def whole(self) -> None:
         """Do it all, and show it."""
         options, output = self.options, self.output
+        self._check_budget()
         quality = Report("Quality on " + (options.eval_dataset.path if options.eval_dataset else ""))
         if options.eval_dataset:
             held_out = HeldOut(options.eval_dataset, options.model)
@@ -120,6 +128,16 @@ class _Run:
             error.add_note(f"the pruned model is in {options.out}")
             raise
 
+    def _check_budget(self) -> None:
+        """Raise ValueError for a budget that no legal widths reach, before long work; one in time is measured later."""
+        config, layers = self.config, find_targets(self.model, self.options.targets, self.options.ignore)
+        measure = MEASURES[Budget.parse(config.budget).kind]
+        if measure == "ns" or not isinstance(config, WidthMethod):
+            return
+        if Thinner.refusal(self.model, layers, config.thins, measure):
+            sized = replace(config, length=config.length or self.length)
+            WidthSolver(self.model, sized, find_widths(self.model), self.batches).check()
+
     def _num_samples(self) -> int:
         if getattr(self.model, "main_input_name", "") == "pixel_values":
             return IMAGES
@@ -142,7 +160,8 @@ class _Run:
         self.batches = samples.batches
         if self.config.needs_labels:
             return data
-        self.notes += [samples.note] if samples.note else []
+        if samples.note:
+            warnings.warn(samples.note, stacklevel=2)
         return self.batches
 
     def _prune_(self) -> tuple[sk.Plan, bytes | None]:

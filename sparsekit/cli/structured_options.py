@@ -70,7 +70,7 @@ class StructuredOptions:
         if len(given) != 1:
             asked = " and ".join(f"--{kind.replace('_', '-')} {amount}" for kind, amount in given.items())
             raise ValueError(
-                f"{asked + ': these are several budgets' if given else 'how much shall go?'} Give exactly one of "
+                f"{asked + ': these are several budgets.' if given else 'how much shall go?'} Give exactly one of "
                 f"{', '.join(options)}, as --flops 60%"
             )
         name = self.methods[0] if self.methods else default_method(self.pattern, self.dataset is not None)

@@ -4,10 +4,11 @@ import math
 from pathlib import Path
 
 import torch.nn as nn
+from torch import Tensor
 
 from sparsekit.formats import FORMATS, WeightSpec
 from sparsekit.hf.describe import widths_of
-from sparsekit.nn import SparseLinear
+from sparsekit.nn import SparseLinear, linear_size
 
 _PACKED = """\
 ## How to load
@@ -58,7 +59,10 @@ _DENSE = """\
 ## How to load
 
 These are ordinary dense weights, and the config says their sizes: any tool that opens the base model opens this one.
-To run weights with 2:4 zeros in them packed and faster: `sparsekit.pack_(model)` after loading.
+"""
+
+_ZEROS = """\
+To run its 2:4 zeros packed and faster: `sparsekit.pack_(model)` after loading.
 """
 
 
@@ -109,8 +113,17 @@ def write_card(model: nn.Module, folder: Path, packed: dict[str, SparseLinear]) 
             in_features=widths[first][1],
         )
     else:
-        body = _DENSE
+        body = _DENSE + (_ZEROS if _has_zeros(model) else "")
     (folder / "README.md").write_text("\n".join(front) + "\n" + body)
+
+
+def _has_zeros(model: nn.Module) -> bool:
+    """Return whether a tenth or more of the weights of some linear layer are zero."""
+    return any(
+        float((weight == 0).float().mean()) >= 0.1
+        for module in model.modules()
+        if linear_size(module) is not None and isinstance(weight := module.weight, Tensor) and weight.numel()
+    )
 
 
 def _auto_class(model: nn.Module) -> str:

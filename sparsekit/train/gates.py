@@ -195,8 +195,8 @@ class Gates(nn.Module):
         cuts: dict[str, Cut] = {}
         renamed = {name: name for name in masks}
         for name, blocks in self.layers.items():
-            kept = (masks[name] > 0).nonzero().flatten().tolist()
-            places = {blocks[index]: f"{name}.{place}" for place, index in enumerate(kept)}
+            left = (masks[name] > 0).nonzero().flatten().tolist()
+            places = {blocks[index]: f"{name}.{place}" for place, index in enumerate(left)}
             for part in masks:
                 for block in blocks:
                     if part.startswith(f"{block}."):

@@ -41,7 +41,8 @@ class Masked:
         stream: Stream | None = None,
         layers: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
-        plain: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
+        unwrap: Any = getattr(model, "get_base_model", None)
+        plain: nn.Module = model if unwrap is None else unwrap()
         self._masks: Masks | None = None
         self._sizes = {width.name: width.num_units for width in widths}
         self._hooks = []

@@ -342,7 +342,9 @@ def test_process_ended_by_a_signal_leaves_nothing(tiny_model, text, tmp_path):
     process = subprocess.Popen(command + words, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     time.sleep(6)
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=30) == 130, process.stderr.read().decode()
+    # Where the signal comes while an import runs exec(), Python ends by it; to a shell that is 130, too.
+    assert process.wait(timeout=30) in (130, -signal.SIGINT), process.stderr.read().decode()
+    assert b"nothing was left half-written" in process.stderr.read() or process.returncode < 0
     assert list(tmp_path.iterdir()) == []
 
 

@@ -258,6 +258,10 @@ class WidthMethod(StructuredMethod):
         """What `decide` wants to see of a reader, in the model as it is by then; None where it needs not look."""
         return None
 
+    def fits_first_only(self, width: Width) -> bool:
+        """Return whether a reader whose output the model's head reads at the first token alone is fitted to that."""
+        return True
+
     def unit_scores(self, reader: Reader, inputs: InputSums | None) -> Tensor:
         """Return what each unit of a width is worth, [num_units], comparable within the width.
 

@@ -6,6 +6,7 @@ stay; attention is not touched, so that what it costs is the least that a budget
 (`scaled`). The paper leaves the statistic of D2 and its normaliser open; they are fields here.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -81,6 +82,27 @@ class KCM(ScaledMethod):
             heard = {"abs": inputs.mean_abs, "rms": inputs.rms, "mean": inputs.mean}[self.d2]
             score = score * normalised(heard.double().cpu(), self.normalise)
         return score
+
+    def score(self, job: Job) -> dict[str, Tensor]:
+        found = super().score(job)
+        if self.r2 != "none" and self.sigma is not None:
+            job.notes += self._unfit(job)
+        return found
+
+    def _unfit(self, job: Job) -> list[str]:
+        """Say where the kernel tells no filters from others, for σ is not of the size of their distances."""
+        assert self.sigma is not None
+        medians = {}
+        for width in job.widths:
+            distance = median_sigma(job.reader(width).w_NK.T)
+            medians[width.name] = math.exp(-self.kernel_factor * min((distance / self.sigma) ** 2, 700))
+        wrong = [name for name, median in medians.items() if not 0.1 <= median <= 0.9]
+        if not wrong:
+            return []
+        return [
+            f"sigma={self.sigma:g} does not fit {len(wrong)} of {len(medians)} layers: of {wrong[0]} the median kernel "
+            f"value is {medians[wrong[0]]:.2g}, so that R2 says little there; sigma=None takes the median distance"
+        ]
 
     def representative(self, x_Nd: Tensor) -> Tensor:
         """Return R2 of filters, one in each row, [N]."""

@@ -60,6 +60,10 @@ def labelled_batches(
     limit = min(max_length, max_positions(model) or max_length)
     samples_of_rows = (_sample(rows[index], tokenizer, limit) for index in order)
     parts = iter(lambda: list(islice(samples_of_rows, batch_size)), [])
+    if len({any(key in row for key in _LABELS) for row in rows}) > 1:
+        raise ValueError(
+            "some rows of the dataset have labels, and some have none: add 'labels' to each, or leave those without out"
+        )
     return [_with_labels(_padded(part, tokenizer), model) for part in parts]
 
 
@@ -102,6 +106,8 @@ def _whole_batches(dataset: Iterable[Any], model: nn.Module, num_samples: int) -
 def _sample(row: Mapping[str, Any], tokenizer: Any, limit: int) -> Batch:
     """Return the inputs of one row without padding, and its label."""
     found = next((row[key] for key in _LABELS if key in row), None)
+    if isinstance(found, str):
+        raise ValueError(f"dataset has the label {found!r}: pass numbers, as model.config.label2id has them")
     label = {} if found is None else {"labels": torch.as_tensor(found)}
     text = next((row[key] for key in _TEXTS if isinstance(row.get(key), str)), None)
     if text is None:
@@ -149,6 +155,10 @@ def _with_labels(batch: Batch, model: nn.Module) -> Batch:
             "method that needs none, as 'contribution' or 'kcm'"
         )
     num_labels = getattr(getattr(model, "config", None), "num_labels", None) or 1
-    if found.dim() == 1 and num_labels > 1 and not found.is_floating_point() and int(found.max()) >= num_labels:
-        raise ValueError(f"dataset has the label {int(found.max())}, and the model knows 0 to {num_labels - 1}")
+    if found.dim() == 1 and num_labels > 1:
+        if found.is_floating_point():
+            raise ValueError(f"dataset has the label {float(found[0])}, and the model's are 0 to {num_labels - 1}")
+        wrong = found[(found < 0) & (found != -100) | (found >= num_labels)]
+        if len(wrong):
+            raise ValueError(f"dataset has the label {int(wrong[0])}, and the model knows 0 to {num_labels - 1}")
     return {**batch, "labels": found}

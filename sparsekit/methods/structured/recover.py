@@ -58,7 +58,8 @@ def refit(moments: Moments, w_NK: Tensor, bias: Tensor | None, kept: Tensor, dam
 
         mean over tokens of |t - W a - b|² + λ|W - w|²,  λ = damping * mean diagonal of the mean of a aᵀ
 
-    over W with columns `kept` only. The ridge pulls to the old weight w, so an infinite one changes nothing.
+    over W with columns `kept` only. With a bias, λ is relative to the variance of a instead. The ridge pulls to the old
+    weight w, so an infinite one changes nothing.
 
     Args:
         moments: of inputs and targets.

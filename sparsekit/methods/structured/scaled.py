@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from sparsekit.archs import Width
 from sparsekit.methods.structured.allocation import best_units
 from sparsekit.methods.structured.base import Decided, Job, Reader, WidthMethod, check_choice
 from sparsekit.methods.structured.inputs import InputSums
@@ -44,6 +45,10 @@ class ScaledMethod(WidthMethod):
     @property
     def second_pass(self) -> type[Moments] | None:
         return None if self.recovery == "none" else Moments
+
+    def fits_first_only(self, width: Width) -> bool:
+        # The official code does so for the MLP, and tunes the heads of the last attention on all tokens.
+        return self.recovery != "scale" or width.kind == "channels"
 
     def teacher(self, job: Job) -> dict[str, int] | None:
         if self.recovery != "scale" or self.teacher_model == "dense":

@@ -83,8 +83,9 @@ class Stream:
         embedding, head = get_input() if get_input else None, get_head() if get_head else None
         if not isinstance(embedding, nn.Embedding) or head is None or not is_linear(head):
             raise Unsupported(
-                f"method='slicegpt' turns the hidden states of {type(model).__name__}, and without an embedding and a "
-                "linear output layer, which turn along, its answers would be others: load the model with its head"
+                f"hidden dimensions of {type(model).__name__} cannot go: they are turned first, which takes RMSNorms "
+                "and an output layer that turns along, as Llama and its like have. Use method='contribution', which "
+                "takes heads and channels out"
             )
         owner_of_stream(model, names[id(embedding)])
         blocks = find_blocks(model, [name for name, module in model.named_modules() if is_linear(module)])
@@ -134,8 +135,11 @@ def hidden_size_for(model: nn.Module, config: SliceGPT, stream: Stream, batches:
     shares = np.arange(size + 1) / size
     if budget.measure == "params":
         params = sum(parameter.numel() for parameter in model.parameters())
-        whole = count_params(model, widths).dense if budget.is_share else params
-        costs = Costs("params", {"hidden": np.round(whole * shares).astype(np.int64)})
+        own_head = model.get_submodule(stream.head).get_parameter("weight").numel() if is_tied(model, stream) else 0
+        whole = count_params(model, widths).dense if budget.is_share else params + own_head
+        curve = np.ceil(whole * shares).astype(np.int64)
+        curve[-1] = whole if budget.is_share else params  # uncut, a head stays tied
+        costs = Costs("params", {"hidden": curve})
     else:
         length = config.length or mean_length(model, widths[0].name, batches) or 128
         dense = count_flops(model, widths, length).dense

@@ -184,10 +184,10 @@ def test_budgets_are_not_broken(constraints, left):
 def test_what_is_left_is_said():
     for sparsity, said in (
         (0.4, "60.0% of the params of the blocks are left"),
-        (0.5, "nothing nearer to sparsity=0.5"),
+        (0.5, "steps too large for sparsity=0.5"),
     ):
         notes = pruned(deep(), sk.Depth(sparsity=sparsity)).notes
-        assert any(said in note for note in notes) and any("nothing nearer" in note for note in notes) == (
+        assert any(said in note for note in notes) and any("steps too large" in note for note in notes) == (
             sparsity > 0.4
         )
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import sparsekit as sk
+from sparsekit.methods.structured import scaled
 from sparsekit.methods.structured.fisher import rearranged
+from sparsekit.methods.structured.recover import tune_scales
 from sparsekit.prune import prune_
 from tests.archs.tiny_models import tiny_model, token_samples
 
@@ -111,6 +113,22 @@ def test_heads_of_the_first_block_keep_their_scale():
     firsts = [name for name in changed if "layer.0.attention" in name]
     assert not any(changed[name] for name in firsts) and any(changed[name] for name in changed if name not in firsts)
     assert plan.made_by.num_samples == 12 and plan.made_by.updates_weights
+
+
+def test_heads_are_tuned_with_an_offset_and_on_all_tokens(monkeypatch):
+    """As in the official code: filters are tuned without, and those of the last layer on the first token alone."""
+    calls = []
+
+    def caught(moments, w_NK, bias, kept, columns, *, offset):
+        calls.append((columns, offset, float(moments.weight)))
+        return tune_scales(moments, w_NK, bias, kept, columns, offset=offset)
+
+    monkeypatch.setattr(scaled, "tune_scales", caught)
+    job, _ = job_of(tiny_model("bert"), labelled(), 4, sparsity=0.4, recovery="scale")
+    tokens = sum(len(row["input_ids"]) for row in labelled())
+    heads, filters = ([call for call in calls if (call[0] > 1) is which] for which in (True, False))
+    assert heads and filters and all(offset for _, offset, _ in heads) and not any(offset for _, offset, _ in filters)
+    assert {weight for *_, weight in heads} == {tokens} and [weight for *_, weight in filters] == [tokens, 12]
 
 
 def test_a_failed_tuning_is_told_and_ends_there(monkeypatch):

@@ -5,7 +5,7 @@ import torch
 
 import sparsekit as sk
 from sparsekit.plan import Cut, MadeBy, Plan
-from sparsekit.sparsify import merged
+from sparsekit.sparsify import for_packing, merged
 from tests.archs.tiny_models import tiny_model, token_samples
 from tests.methods.structured.test_depth import deep
 
@@ -109,7 +109,9 @@ def test_three_in_turn_leave_one_plan_that_can_be_repeated():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sk.sparsify.__globals__, "merged", caught)
         model = sparsified(
-            deep(), ["structured", "depth", "2:4"], method=["magnitude_sp", None, "magnitude"], sparsity=0.4
+            deep(),
+            ["structured", "depth", "2:4"],
+            method=[sk.MagnitudeSP(sparsity=0.4), sk.Depth(sparsity=0.4), "magnitude"],
         )
     plan = found[-1]
     assert len(model.model.layers) == 3
@@ -119,6 +121,14 @@ def test_three_in_turn_leave_one_plan_that_can_be_repeated():
     again = deep()
     sk.apply_(again, plan)
     torch.testing.assert_close(outputs(again), outputs(model), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size,expected", [(64, 16), (24, 8), (20, 1)])
+def test_widths_that_are_packed_later_fill_the_packed_format(size, expected):
+    layers = {"a": torch.nn.Linear(64, 7), "b": torch.nn.Linear(size, 5)}
+    assert for_packing(sk.Contribution(), layers).round_to == expected
+    assert for_packing(sk.Contribution(round_to=2), layers).round_to == 2
+    assert for_packing(sk.Depth(), layers) == sk.Depth()
 
 
 def test_cuts_of_one_width_follow_one_another():
@@ -158,6 +168,8 @@ class TestBadInput:
             (["depth"], {"method": sk.KCM()}, "method asks for 'structured': give both the same"),
             (["structured"], {"method": sk.KCM(), "constraints": {"flops": "60%"}}, "method has its own budget"),
             (["structured"], {"method": "kmc"}, "unknown method 'kmc'"),
+            (["2:4"], {"method": "kcm"}, "method='kcm' makes the pattern structured, and pattern='2:4' came"),
+            ([["structured", "depth"]], {"sparsity": 0.3}, "cuts more than once, and one budget does not say"),
         ],
         ids=str,
     )
@@ -167,6 +179,10 @@ class TestBadInput:
         with pytest.raises(ValueError, match=message):
             sparsified(model, *args, **fields)
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+    def test_data_that_can_be_read_once_only(self):
+        with pytest.raises(ValueError, match="an iterator runs dry: pass a list"):
+            sparsified(tiny_model("bert"), ["structured", "2:4"], dataset=iter(token_samples(4)))
 
     def test_a_failure_in_the_second_stage_takes_back_the_first(self, monkeypatch):
         model = tiny_model("bert")

@@ -144,3 +144,18 @@ def test_d2_alone_and_r2_alone_are_the_two_factors():
     both = found["fixed_point", "none"] * found["none", "abs"]
     torch.testing.assert_close(found["fixed_point", "abs"], both)
     assert float(both.min()) == 0 and all(float(each.max()) == 1 for each in list(found.values())[:2])
+
+
+def test_a_kernel_that_tells_nothing_apart_is_told():
+    def notes(scale, **fields):
+        model = tiny_model("bert")
+        with torch.no_grad():
+            for layer in model.bert.encoder.layer:
+                layer.output.dense.weight.mul_(scale / layer.output.dense.weight.norm(dim=0).mean())
+        return prune_(
+            model, sk.KCM(constraints={"params": "85%"}, **fields), dataset=token_samples(8), progress=False
+        ).notes
+
+    assert any("sigma=1 does not fit 2 of 2 layers: of bert.encoder.layer.0.output.dense" in n for n in notes(8.0))
+    assert any("sigma=1 does not fit" in note for note in notes(0.05))
+    assert not any("sigma" in note for note in [*notes(0.7), *notes(8.0, sigma=None), *notes(8.0, r2="none")])
