@@ -62,7 +62,7 @@ class Contribution(WidthMethod):
         check_choice(self, "selection", ("removal", "score"))
         check_choice(self, "allocation", ALLOCATIONS)
         check_positive(self, "damping")
-        if self.hidden not in (None, False, True):
+        if self.hidden is not None and not isinstance(self.hidden, bool):
             raise ValueError(f"hidden={self.hidden!r} is neither None nor True or False")
         if self.hidden and self.allocation != "sensitivity":
             raise ValueError(

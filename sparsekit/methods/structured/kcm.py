@@ -29,6 +29,10 @@ _MANY = 4096
 """Filters from which on the fixed point costs minutes a layer, and "auto" takes the shortcut."""
 
 
+_LOOKED_AT = 512
+"""Of a layer's filters, how many at most tell whether σ fits them: there are pairs enough among these."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class KCM(ScaledMethod):
     """Kernelised convex masking of filters.
@@ -94,7 +98,8 @@ class KCM(ScaledMethod):
         assert self.sigma is not None
         medians = {}
         for width in job.widths:
-            distance = median_sigma(job.reader(width).w_NK.T)
+            x_Nd = job.reader(width).w_NK.T
+            distance = median_sigma(x_Nd[:: -(-len(x_Nd) // _LOOKED_AT)])
             medians[width.name] = math.exp(-self.kernel_factor * min((distance / self.sigma) ** 2, 700))
         wrong = [name for name, median in medians.items() if not 0.1 <= median <= 0.9]
         if not wrong:

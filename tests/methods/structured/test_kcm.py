@@ -7,6 +7,7 @@ from scipy.sparse.linalg import lsmr
 
 import sparsekit as sk
 from sparsekit.archs import find_widths
+from sparsekit.methods.structured import kcm
 from sparsekit.methods.structured.inputs import InputSums
 from sparsekit.prune import prune_
 from tests.archs.tiny_models import tiny_model, token_samples
@@ -146,7 +147,10 @@ def test_d2_alone_and_r2_alone_are_the_two_factors():
     assert float(both.min()) == 0 and all(float(each.max()) == 1 for each in list(found.values())[:2])
 
 
-def test_a_kernel_that_tells_nothing_apart_is_told():
+@pytest.mark.parametrize("looked_at", [5, 512])
+def test_a_kernel_that_tells_nothing_apart_is_told(looked_at, monkeypatch):
+    monkeypatch.setattr(kcm, "_LOOKED_AT", looked_at)
+
     def notes(scale, **fields):
         model = tiny_model("bert")
         with torch.no_grad():
