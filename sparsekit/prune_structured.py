@@ -120,8 +120,8 @@ def _narrow_(
     seed: int,
 ) -> None:
     """Take out heads and channels; a width takes part if all layers that it touches are targets."""
-    widths = _targeted(find_widths(model), layers)
-    plan.notes += _left_whole(model, widths, layers)
+    widths = targeted_widths(find_widths(model), layers)
+    plan.notes += left_whole_notes(model, widths, layers)
     solver = WidthSolver(model, config, widths, batches)
     own = [width for width in widths if width.kind in config.kinds]
     if config.wants_biases and (left := give_biases_(model, own, snapshot)):
@@ -280,7 +280,7 @@ class _Readers:
             reader.layer.get_parameter("bias").copy_(decided.reader.bias)
 
 
-def _left_whole(model: nn.Module, widths: list[Width], layers: Mapping[str, nn.Module]) -> list[str]:
+def left_whole_notes(model: nn.Module, widths: list[Width], layers: Mapping[str, nn.Module]) -> list[str]:
     """Say which targets in blocks belong to no width, if any do, so that the budget is not about them."""
     known = {name for width in widths for name in (width.name, *(rows.name for rows in width.producers))}
     blocks = [f"{block}." for names in find_blocks(model, layers).values() for block in names]
@@ -292,7 +292,7 @@ def _left_whole(model: nn.Module, widths: list[Width], layers: Mapping[str, nn.M
     ]
 
 
-def _targeted(widths: list[Width], layers: Mapping[str, nn.Module]) -> list[Width]:
+def targeted_widths(widths: list[Width], layers: Mapping[str, nn.Module]) -> list[Width]:
     """Return the widths all of whose layers are among these."""
     found = [width for width in widths if {width.name, *(rows.name for rows in width.producers)} <= layers.keys()]
     if not found:

@@ -81,7 +81,7 @@ def shorten_(
     plan.cuts[name] = Cut(kept, len(blocks), "layers")
     plan.notes.append(f"{len(kept)} of {len(blocks)} blocks are left; without {', '.join(map(str, gone))}")
     plan.notes.append(budget.met(left, costs))
-    alive = [blocks[place] for place in gone if not _silence_(model, blocks[place], batches[0], snapshot)]
+    alive = [blocks[place] for place in gone if not silence_(model, blocks[place], batches[0], snapshot)]
     if alive:
         plan.notes.append(
             f"{alive[0]} cannot pass on its input by zeros in its weights: it stays as it is until apply_ takes it out"
@@ -143,7 +143,7 @@ def _keep_output(found: dict[str, Any], name: str, module: nn.Module, args: Any,
 
 
 @torch.no_grad()
-def _silence_(model: nn.Module, block: str, batch: Batch, snapshot: Snapshot) -> bool:
+def silence_(model: nn.Module, block: str, batch: Batch, snapshot: Snapshot) -> bool:
     """Write zeros into what a block adds to the residual stream; return whether it passes on its input then.
 
     If it does not, as where norms come after the sums, it is left as it was.

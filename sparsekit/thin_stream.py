@@ -55,7 +55,7 @@ def thin_alone_(
 ) -> None:
     """Make the hidden dimensions that carry least dead, after a turn, and write those that stay into the plan."""
     stream = Stream.of(model)
-    if left_out := _left_out(stream, layers):
+    if left_out := left_out_layer(stream, layers):
         raise ValueError(
             f"targets and ignore leave out {left_out}, and method='slicegpt' turns what all blocks read and write: "
             "leave them at their defaults"
@@ -113,7 +113,7 @@ class Thinner:
             stream = Stream.of(model)
         except Unsupported as error:
             return str(error)
-        if left_out := _left_out(stream, layers):
+        if left_out := left_out_layer(stream, layers):
             return f"targets and ignore leave out {left_out}"
         head = model.get_submodule(stream.head).get_parameter("weight")
         params = sum(parameter.numel() for parameter in model.parameters())
@@ -197,6 +197,6 @@ def _size(model: nn.Module, stream: Stream) -> int:
     return model.get_submodule(stream.embedding).get_parameter("weight").shape[1]
 
 
-def _left_out(stream: Stream, layers: Mapping[str, nn.Module]) -> str:
+def left_out_layer(stream: Stream, layers: Mapping[str, nn.Module]) -> str:
     """Return a layer of the stream that is no target; empty if all are."""
     return min(stream.linears - layers.keys(), default="")

@@ -80,7 +80,7 @@ def run_train_ast(options: TrainOptions, output: Output) -> None:
     tokenizer = load_tokenizer(options.model)
     model, notes = load_model(options.model, "float32" if options.dtype == "auto" else options.dtype, None)
     config = make_config(options, model)
-    dtype = _deployed_dtype(options, config.device)
+    dtype = deployed_dtype(options, config.device)
     packs = options.packed and holds_pattern(config.format or "semi24", config.parsed_pattern)
     if packs:
         refuse_unrunnable(model, config, options.backend, dtype)
@@ -170,11 +170,11 @@ def beginning(trainer: Any, options: TrainOptions, packs: bool) -> list[str]:
     """Return what people read before the first step: how much is trained on, what happens when, what comes out."""
     args = trainer.args
     freezes_at = round(args.max_steps * (1 - args.mask_freeze_ratio)) if args.mask_update_steps else 0
-    saves = f"a checkpoint every {_steps(args.save_steps)} in {args.output_dir}"
+    saves = f"a checkpoint every {steps_said(args.save_steps)} in {args.output_dir}"
     lines = [
         how_much(trainer),
-        f"on {args.device.type}{' in bf16' if args.bf16 else ''}; a line every {_steps(args.logging_steps)}; "
-        f"{_evaluations(args)}; masks stay from step {freezes_at:,} on",
+        f"on {args.device.type}{' in bf16' if args.bf16 else ''}; a line every {steps_said(args.logging_steps)}; "
+        f"{evaluations_said(args)}; masks stay from step {freezes_at:,} on",
         saves if args.save_strategy == "steps" else f"checkpoints: {args.save_strategy}",
     ]
     if Path(options.out).is_dir() and any(Path(options.out).iterdir()):
@@ -199,13 +199,13 @@ def how_much(trainer: Any) -> str:
     )
 
 
-def _evaluations(args: Any) -> str:
+def evaluations_said(args: Any) -> str:
     if args.eval_strategy == "no":
         return "no evaluation (--eval-dataset)"
-    return f"an evaluation every {'epoch' if args.eval_strategy == 'epoch' else _steps(args.eval_steps)}"
+    return f"an evaluation every {'epoch' if args.eval_strategy == 'epoch' else steps_said(args.eval_steps)}"
 
 
-def _steps(number: float) -> str:
+def steps_said(number: float) -> str:
     return "step" if number == 1 else f"{number:,} steps"
 
 
@@ -228,7 +228,7 @@ def _has_fast_bf16() -> bool:
     return torch.cuda.is_bf16_supported() if torch.cuda.is_available() else torch.cpu._is_avx512_bf16_supported()
 
 
-def _deployed_dtype(options: TrainOptions, device: torch.device) -> torch.dtype:
+def deployed_dtype(options: TrainOptions, device: torch.device) -> torch.dtype:
     """Return the dtype to pack in: fp32 is for training, the checkpoint's own for running."""
     named = parse_dtype(None if options.dtype == "auto" else options.dtype)
     own = own_dtype_of(read_config(options.model), options.model)

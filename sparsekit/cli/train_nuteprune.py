@@ -19,13 +19,13 @@ from sparsekit.cli.output import Output
 from sparsekit.cli.prune import fitting_lengths, short_check
 from sparsekit.cli.train import (
     TrainOptions,
-    _deployed_dtype,
-    _evaluations,
-    _steps,
+    deployed_dtype,
+    evaluations_said,
     how_much,
     make_config,
     make_trainer,
     said_how_to_go_on,
+    steps_said,
 )
 from sparsekit.cli.trained import LOG, PLAN, PLOT
 from sparsekit.cli.training_view import TrainingView, plot_training
@@ -74,7 +74,7 @@ def run_train_nuteprune(options: TrainOptions, output: Output, *, paper: bool = 
     tokenizer = load_tokenizer(options.model)
     model, notes = load_model(options.model, "float32" if options.dtype == "auto" else options.dtype, None)
     config = make_config(options, model, NutePruneConfig.paper if paper else NutePruneConfig)
-    dtype = _deployed_dtype(options, config.device)
+    dtype = deployed_dtype(options, config.device)
     trainer = make_trainer(NutePruneTrainer, options, model, config, tokenizer)
     if not trainer.is_world_process_zero():
         output.be_silent()
@@ -99,10 +99,10 @@ def beginning(trainer: Any, options: TrainOptions) -> list[str]:
     kept = f"; {', '.join(f'{each:.0%}' for each in args.keep)} kept on the way" if args.keep else ""
     lines = [
         how_much(trainer),
-        f"{goal}{kept}; the target rises for {_steps(round(args.max_steps * args.sparsity_warmup))}, gates are settled "
-        f"from step {trainer.freeze_step:,} on; teachers: {args.teachers}",
-        f"on {args.device.type}{' in bf16' if args.bf16 else ''}; a line every {_steps(args.logging_steps)}; "
-        f"{_evaluations(args)}",
+        f"{goal}{kept}; the target rises for {steps_said(round(args.max_steps * args.sparsity_warmup))}, gates are "
+        f"settled from step {trainer.freeze_step:,} on; teachers: {args.teachers}",
+        f"on {args.device.type}{' in bf16' if args.bf16 else ''}; a line every {steps_said(args.logging_steps)}; "
+        f"{evaluations_said(args)}",
     ]
     if Path(options.out).is_dir() and any(Path(options.out).iterdir()):
         lines.append(f"{options.out} exists: what is there under the same names will be replaced")

@@ -82,7 +82,7 @@ class SideLinear(nn.Linear):
         Raises:
             ValueError: the branch does not fit the weight, or the layer is of a class that cannot take one.
         """
-        if reason := _why_no_branch(linear):
+        if reason := why_no_branch(linear):
             raise ValueError(f"a {type(linear).__name__} cannot take a side branch: {reason}")
         weight = linear.get_parameter("weight")
         own_source = linear.source if isinstance(linear, SideLinear) else "Linear"
@@ -130,7 +130,7 @@ class SideLinear(nn.Linear):
         return f"{super().extra_repr()}, side rank={self.rank}, X={X}"
 
 
-def _why_no_branch(layer: nn.Module) -> str | None:
+def why_no_branch(layer: nn.Module) -> str | None:
     """Return why no branch can stand beside this layer's weight, or None if one can."""
     if any(base.__name__ == "SparseLinear" for base in type(layer).__mro__):
         return "it is packed, call sparsekit.unpack_(model) first"

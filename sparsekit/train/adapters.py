@@ -58,7 +58,7 @@ def add_lora(model: nn.Module, args: LoraArguments) -> Any:
         raise ValueError(f"lora_rank={args.lora_rank} must be a whole number of at least 1, as 16")
     if not 0 < args.lora_alpha < float("inf"):
         raise ValueError(f"lora_alpha={args.lora_alpha} must be above 0, as lora_rank={args.lora_rank}")
-    _refuse(model)
+    check_takes_lora(model)
     layers = _layers(model, args.lora_targets)
     wanted = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     config = LoraConfig(
@@ -152,7 +152,7 @@ def as_side_(model: Any, plan: Plan) -> nn.Module:
     return plain
 
 
-def _refuse(model: nn.Module) -> None:
+def check_takes_lora(model: nn.Module) -> None:
     """Raise where LoRA cannot be put on, or not be merged in the end."""
     if adapter_layers(model) or hasattr(model, "get_base_model"):
         names = sorted(getattr(model, "peft_config", {})) or ["of unknown name"]

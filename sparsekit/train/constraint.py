@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.archs import Width, find_widths
-from sparsekit.benchmarking.latency_table import measure_latency
+from sparsekit.benchmarking.latency_table import LatencyTable, measure_latency
 from sparsekit.budgets import Allocation, Budget, Costs, allocate, values_of
 from sparsekit.methods.structured.allocation import best_units
 from sparsekit.methods.structured.slicegpt import legal_hidden_sizes
@@ -109,6 +109,7 @@ class Constraint:
         uniform: every layer keeps as many.
         hidden_sizes: numbers of dimensions that the residual stream may have, ascending.
         notes: what a reader of the report must know.
+        table: the times that the budget goes by, where it is one in time.
     """
 
     budget: Budget
@@ -118,6 +119,7 @@ class Constraint:
     uniform: bool
     hidden_sizes: tuple[int, ...]
     notes: tuple[str, ...]
+    table: LatencyTable | None = None
 
     @classmethod
     def of(
@@ -134,6 +136,7 @@ class Constraint:
         min_channels: int = 8,
         length: float | None = None,
         batch: int = 1,
+        table: LatencyTable | None = None,
     ) -> "Constraint":
         """Return the constraint of a budget.
 
@@ -144,9 +147,11 @@ class Constraint:
             widths: those that the budget is about, with gates or without; all of the model's if None.
             round_to, tensor_parallel, uniform, min_heads, min_channels: as for `legal_widths`.
             length, batch: of sequences, for FLOPs and times; 128 tokens if None.
+            table: for a budget in time, what `measure_latency` returned for this model earlier, or on another process;
+                None measures.
         Raises:
-            ValueError: an argument is out of range, or no legal numbers, or no gates, reach the budget; the nearest
-                are named.
+            ValueError: an argument is out of range, or the table is of another model, or no legal numbers, or no
+                gates, reach the budget; the nearest are named.
             Unsupported: the residual stream cannot be cut.
         """
         parsed = Budget.parse(budget)
@@ -161,12 +166,14 @@ class Constraint:
             min_units={"heads": min_heads, "channels": min_channels},
             whole=[width.name for width in widths if width.name not in gated],
         )
-        length, notes, table = length or DEFAULT_LENGTH, list(legal.remarks), None
+        length, notes, times = length or DEFAULT_LENGTH, list(legal.remarks), None
+        if table is not None:
+            _check_table(table, parsed, widths)
         if parsed.measure == "ns":
-            measured = measure_latency(model, legal, batch_size=batch, length=round(length))
-            notes += [f"times are of {batch} x {measured.length} tokens, on this device", *measured.notes]
-            table = measured.costs()
-        given: dict[str, Any] = {"widths": widths, "length": length, "table": table, "whole": not parsed.is_share}
+            table = table or measure_latency(model, legal, batch_size=batch, length=round(length))
+            notes += [f"times are of {table.batch_size} x {table.length} tokens, on this device", *table.notes]
+            times = table.costs()
+        given: dict[str, Any] = {"widths": widths, "length": length, "table": times, "whole": not parsed.is_share}
         cost = ExpectedCost.of(model, gates, parsed.measure, **given)
         sizes: tuple[int, ...] = (cost.hidden_size,)
         if gates.stream is not None:
@@ -175,7 +182,7 @@ class Constraint:
                 check_thin(model, gates.stream.embedding, sizes[0])
         most = parsed.limits(cost.costs)[1] + (cost.costs.fixed if cost.whole else 0)
         target = max(1 - most / cost.dense, 0.0)
-        constraint = cls(parsed, legal, cost, target, uniform, sizes, tuple(notes))
+        constraint = cls(parsed, legal, cost, target, uniform, sizes, tuple(notes), table)
         constraint._refuse_unreachable(gates)
         return constraint
 
@@ -318,6 +325,18 @@ class Constraint:
     def _widths_of_kinds(self) -> dict[str, str]:
         """Return width -> first width of those that must keep as many, for widths that have a choice."""
         return {name: names[0] for names in self.legal.groups for name in names if len(self.legal.numbers[name]) > 1}
+
+
+def _check_table(table: LatencyTable, budget: Budget, widths: Sequence[Width]) -> None:
+    """Raise ValueError unless a table of times is of these widths, and the budget goes by it."""
+    if budget.measure != "ns":
+        raise ValueError(f"table= holds times, and {budget} is no budget in time: leave it out")
+    sizes = {width.name: width.num_units for width in widths}
+    if odd := [name for name, num in table.num_units.items() if sizes.get(name) != num]:
+        raise ValueError(
+            f"table= is of another model: {odd[0]} has {table.num_units[odd[0]]} units there, and "
+            f"{sizes.get(odd[0], 'none')} here; measure_latency(model, …) makes one of this"
+        )
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from sparsekit.errors import Unsupported
 from sparsekit.masks import Mask
 from sparsekit.nn import SideLinear, replace_layer_
-from sparsekit.nn.side import _why_no_branch
+from sparsekit.nn.side import why_no_branch
 from sparsekit.plan import MadeBy, Plan
 from sparsekit.prune import installed_versions
 from sparsekit.snapshot import restored_on_failure
@@ -308,7 +308,7 @@ def _places(model: nn.Module, names: list[str]) -> dict[str, list[str]]:
 
 def _refuse_unmaskable(layers: dict[str, nn.Module]) -> None:
     for name, layer in layers.items():
-        reason = "it has a side branch" if isinstance(layer, SideLinear) else _why_no_branch(layer)
+        reason = "it has a side branch" if isinstance(layer, SideLinear) else why_no_branch(layer)
         if reason is not None:
             raise ValueError(
                 f"{name}, a {type(layer).__name__}, can take no learnt mask: {reason}. Add {name!r} to ignore"

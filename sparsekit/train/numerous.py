@@ -73,6 +73,7 @@ class Snapshots:
     Args:
         folder: where the files go; None keeps them in memory, pinned where they come from a GPU.
         dtype: of the LoRA tensors kept: torch.float32, torch.bfloat16 for half the memory, None for that of training.
+            In bf16 a teacher is what the student was only up to that rounding.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None, dtype: torch.dtype | None = None) -> None:

@@ -66,8 +66,10 @@ class NutePruneConfig(SparseTrainingArguments):
         frozen_share: share of all steps, at the end, in which gates are closed or open for good, within the budget
             exactly, and LoRA alone learns.
         keep: smaller sparsities to keep on the way: a family of models from one run, see `family`.
-        merge_lora: add LoRA to the weights at the end; otherwise it stays beside them, as a side branch.
-        snapshots_on_disk: hold the teachers' gates and LoRA in files in `output_dir` rather than in memory.
+        merge_lora: add LoRA to the weights at the end; otherwise it stays beside them, as a side branch, which cannot
+            follow `hidden`.
+        snapshots_on_disk: hold the teachers' gates and LoRA in files in `output_dir` rather than in memory. Either way
+            LoRA is held in bf16, so a teacher is the earlier student up to that rounding.
     """
 
     method: ClassVar[str] = "nuteprune"
@@ -151,6 +153,11 @@ class NutePruneConfig(SparseTrainingArguments):
         if self.hidden and measure == "ns":
             raise ValueError(
                 f"hidden=True and {self.constraints!r}: a budget in time knows the cost of heads and channels only"
+            )
+        if self.hidden and self.prunes and not self.merge_lora:
+            raise ValueError(
+                "hidden=True and merge_lora=False: LoRA that stays beside the weights cannot be cut with hidden "
+                "dimensions; leave merge_lora at True, or hidden at False"
             )
         if self.untie and not self.hidden:
             raise ValueError("untie=True is for hidden=True, and hidden dimensions stay here: leave it out")

@@ -12,7 +12,7 @@ from sparsekit.interrupt import uninterrupted
 from sparsekit.nn import SideLinear, replace_layer_, side_layers
 from sparsekit.nn.side import without_branch
 from sparsekit.plan import Cut, Plan
-from sparsekit.shorten import _silence_
+from sparsekit.shorten import silence_
 from sparsekit.snapshot import Snapshot
 from sparsekit.surgery import apply_
 from sparsekit.targets import weight_NK
@@ -54,7 +54,7 @@ def deaden_(model: nn.Module, gates: Gates, masks: Masks, batch: Mapping[str, Te
     notes = []
     for name, blocks in gates.layers.items():
         dropped = [block for block, stays in zip(blocks, masks[name].tolist(), strict=True) if not stays]
-        alive = [block for block in dropped if not _silence_(model, block, dict(batch), Snapshot(model))]
+        alive = [block for block in dropped if not silence_(model, block, dict(batch), Snapshot(model))]
         if alive:
             notes.append(f"{alive[0]} cannot pass on its input by zeros in its weights: apply_ takes it out")
     for width in gates.widths:

@@ -12,22 +12,22 @@ so nothing changes between a forward and its backward, and the gates are the sam
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sparsekit.archs import Width
+from sparsekit.benchmarking.latency_table import LatencyTable
+from sparsekit.budgets import Budget
 from sparsekit.train.adapters import add_lora
 from sparsekit.train.constraint import AugmentedLagrangian, Constraint, Projected, target_at
 from sparsekit.train.gates import Gates, Masks
 from sparsekit.train.masked import Masked, leaves_of, pass_gradients_
 from sparsekit.train.numerous import Probe, Roles, Snapshot, Snapshots, TeacherSchedule
 from sparsekit.train.nuteprune_config import NutePruneConfig
-from sparsekit.train.trainer import from_first_rank
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Student:
         probe: a batch on which distances to teachers are measured.
         length: tokens of a sequence, where the config gives none.
         folder: for snapshots, where they are to lie on disk.
+        table: the times of a run that is resumed, see `saved_table`; None measures, where the budget is in time.
     Attributes:
         gates: None where nothing is to go; as `constraint` and `lagrangian`.
         adapted: the model with its LoRA, a `PeftModel`.
@@ -75,6 +76,7 @@ class Student:
         probe: Mapping[str, Tensor],
         length: float,
         folder: Path | None,
+        table: LatencyTable | None = None,
     ) -> None:
         self.args = args
         self.gates: Gates | None = None
@@ -82,8 +84,7 @@ class Student:
         self.lagrangian: AugmentedLagrangian | None = None
         if args.prunes:
             self.gates = Gates.of(model, args.kinds, widths=widths, stochastic=args.gates == "hard_concrete")
-            constraint = _constraint(model, self.gates, args, widths, length)
-            self.constraint = _same_times_everywhere(constraint, args.device)
+            self.constraint = _constraint(model, self.gates, args, widths, length, table)
             _refuse_unreachable(self.constraint, self.gates, args.keep)
             self.lagrangian = self.constraint.lagrangian().to(self.gates.log_alpha.device)
         self.adapted = add_lora(model, args)
@@ -248,9 +249,6 @@ class Student:
         state = {f"lora.{name}": value for name, value in self.roles.lora().items()}
         for prefix, module in (("gates", self.gates), ("lagrangian", self.lagrangian)):
             state |= {} if module is None else {f"{prefix}.{name}": x for name, x in module.state_dict().items()}
-        if self.constraint is not None:
-            curves = self.constraint.cost.costs.curves
-            state |= {f"costs.{name}": torch.from_numpy(curve) for name, curve in curves.items()}
         state |= {f"snapshots.{name}": value for name, value in self.snapshots.state_dict().items()}
         if self.projected is not None:
             state |= {f"projected.{name}": mask for name, mask in self.projected.masks.items()}
@@ -261,10 +259,10 @@ class Student:
 
     def numbers(self) -> dict[str, Any]:
         """Return the rest of it, fit for JSON."""
-        fixed = None if self.constraint is None else self.constraint.cost.costs.fixed
+        table = None if self.constraint is None else self.constraint.table
         return {
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
-            "fixed_cost": fixed,
+            "table": None if table is None else asdict(table),
             "projected": None if self.projected is None else _numbers(self.projected),
             "members": [{"sparsity": each.sparsity, **_numbers(each.projected, "real")} for each in self.members],
             "sparsities": [self.target, self.expected],
@@ -276,11 +274,9 @@ class Student:
         lora = _under("lora", tensors)
         for name, value in self.roles.lora().items():
             value.copy_(lora[name])
-        if self.gates is not None and self.lagrangian is not None and self.constraint is not None:
+        if self.gates is not None and self.lagrangian is not None:
             self.gates.load_state_dict(_under("gates", tensors))
             self.lagrangian.load_state_dict(_under("lagrangian", tensors))
-            curves = {name: curve.numpy() for name, curve in _under("costs", tensors).items()}
-            self.constraint = _with_costs(self.constraint, curves, int(numbers["fixed_cost"]))
         self.snapshots.load(_under("snapshots", tensors))
         if numbers["projected"] is not None:
             self.projected = _projected(_under("projected", tensors), numbers["projected"])
@@ -290,12 +286,36 @@ class Student:
         self.target, self.expected = numbers["sparsities"]
 
 
+def saved_table(numbers: Mapping[str, Any]) -> LatencyTable | None:
+    """Return the times that a run went by, of what `Student.numbers` gave; None where its budget is not in time."""
+    if (saved := numbers["table"]) is None:
+        return None
+    points = {name: tuple((number, time) for number, time in each) for name, each in saved["points"].items()}
+    return LatencyTable(**{**saved, "points": points, "notes": tuple(saved["notes"])})
+
+
 def _constraint(
-    model: nn.Module, gates: Gates, args: NutePruneConfig, widths: list[Width], length: float
+    model: nn.Module,
+    gates: Gates,
+    args: NutePruneConfig,
+    widths: list[Width],
+    length: float,
+    table: LatencyTable | None,
 ) -> Constraint:
+    """Return the constraint of a run; where times are measured, all processes go by those of the first."""
     names = ("round_to", "tensor_parallel", "uniform", "min_heads", "min_channels", "batch")
     given: dict[str, Any] = {name: getattr(args, name) for name in names}
-    return Constraint.of(model, gates, args.budget, widths=widths, length=args.length or length, **given)
+    given |= {"widths": widths, "length": args.length or length}
+    is_shared = args.world_size > 1 and table is None and Budget.parse(args.budget).measure == "ns"
+    constraint = None
+    if not is_shared or args.process_index == 0:
+        constraint = Constraint.of(model, gates, args.budget, **given, table=table)
+    if is_shared:
+        found = [None if constraint is None else constraint.table]
+        torch.distributed.broadcast_object_list(found, src=0, device=args.device)
+        constraint = constraint or Constraint.of(model, gates, args.budget, **given, table=found[0])
+    assert constraint is not None
+    return constraint
 
 
 def _refuse_unreachable(constraint: Constraint, gates: Gates, keep: list[float]) -> None:
@@ -305,26 +325,6 @@ def _refuse_unreachable(constraint: Constraint, gates: Gates, keep: list[float])
             constraint.project(gates, sparsity=sparsity)
         except ValueError as error:
             raise ValueError(f"keep={keep}: {error}") from None
-
-
-def _with_costs(constraint: Constraint, curves: dict[str, np.ndarray], fixed: int) -> Constraint:
-    """Return the constraint with these costs in place of its own: no time is measured twice alike."""
-    cost = replace(constraint.cost, costs=replace(constraint.cost.costs, curves=curves, fixed=fixed))
-    most = constraint.budget.limits(cost.costs)[1] + (fixed if cost.whole else 0)
-    return replace(constraint, cost=cost, target=max(1 - most / cost.dense, 0.0))
-
-
-def _same_times_everywhere(constraint: Constraint, device: torch.device) -> Constraint:
-    """Return the constraint with the times that the first process measured."""
-    costs = constraint.cost.costs
-    if costs.measure != "ns" or not torch.distributed.is_initialized():
-        return constraint
-
-    def first(numbers: np.ndarray) -> np.ndarray:
-        return from_first_rank(torch.from_numpy(numbers).to(device)).cpu().numpy()
-
-    curves = {name: first(curve) for name, curve in costs.curves.items()}
-    return _with_costs(constraint, curves, int(first(np.array([costs.fixed]))[0]))
 
 
 def _average_(leaves: Masks, num_processes: int) -> None:

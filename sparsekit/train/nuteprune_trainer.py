@@ -20,20 +20,20 @@ from transformers import TrainerCallback
 from sparsekit.archs import Width, find_widths, vocabulary_size
 from sparsekit.errors import CheckpointError, Unsupported
 from sparsekit.files import replace_file
-from sparsekit.methods.structured.slicegpt import Stream, _untie_, is_tied
+from sparsekit.methods.structured.slicegpt import Stream, is_tied, untie_
 from sparsekit.plan import MadeBy, Plan
 from sparsekit.prune import installed_versions
-from sparsekit.prune_structured import _left_whole, _targeted
+from sparsekit.prune_structured import left_whole_notes, targeted_widths
 from sparsekit.snapshot import Snapshot, restored_on_failure
 from sparsekit.targets import find_targets, show_entries
-from sparsekit.thin_stream import _left_out
-from sparsekit.train.adapters import _refuse as refuse_adapters
+from sparsekit.thin_stream import left_out_layer
+from sparsekit.train.adapters import check_takes_lora
 from sparsekit.train.data import collate
 from sparsekit.train.distill import TeacherOutput
 from sparsekit.train.nuteprune_config import NutePruneConfig
 from sparsekit.train.nuteprune_loss import student_loss
 from sparsekit.train.nuteprune_result import Family, cuts_of, settle_
-from sparsekit.train.nuteprune_student import Member, Student
+from sparsekit.train.nuteprune_student import Member, Student, saved_table
 from sparsekit.train.restore import restored_whole_on_failure
 from sparsekit.train.teachers import Teacher
 from sparsekit.train.trainer import SparseTrainer, TrainingDiverged, own_state_of, shifted
@@ -73,12 +73,12 @@ class NutePruneTrainer(SparseTrainer):
         processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
-        refuse_adapters(model)
+        check_takes_lora(model)
         layers = find_targets(model, args.targets, args.ignore)
-        self._widths: list[Width] = _targeted(find_widths(model), layers) if args.prunes else []
+        self._widths: list[Width] = targeted_widths(find_widths(model), layers) if args.prunes else []
         if args.hidden and args.prunes:
             stream = Stream.of(model)
-            if left_out := _left_out(stream, layers):
+            if left_out := left_out_layer(stream, layers):
                 raise ValueError(
                     f"hidden=True, and targets and ignore leave out {left_out}, which reads or writes hidden "
                     "dimensions: leave them at their defaults"
@@ -91,7 +91,7 @@ class NutePruneTrainer(SparseTrainer):
         super().__init__(model, args, train_dataset, eval_dataset, processing_class, **kwargs)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise Unsupported("gates are learnt beside the model, which cannot be sharded then: use DDP")
-        self.notes += _left_whole(model, self._widths, layers) if self._widths else []
+        self.notes += left_whole_notes(model, self._widths, layers) if self._widths else []
         self._base = _digest(model)
         self._student: Student | None = None
         self._teacher: Teacher | None = None
@@ -118,7 +118,7 @@ class NutePruneTrainer(SparseTrainer):
 
     def _untie_(self, model: nn.Module, snapshot: Snapshot) -> None:
         if self.args.hidden and self.args.prunes and is_tied(model, stream := Stream.of(model)):
-            _untie_(model, stream, snapshot)
+            untie_(model, stream, snapshot)
             self.notes.append(f"{stream.head} no longer shares its weight with {stream.embedding}")
 
     # --- before the first step -------------------------------------------------------------------------------------
@@ -139,6 +139,7 @@ class NutePruneTrainer(SparseTrainer):
             probe=self._probe(),
             length=sum(len(sample["input_ids"]) for sample in samples.samples) / len(samples),
             folder=folder,
+            table=None if checkpoint is None else saved_table(own_state_of(checkpoint)),
         )
         self._teacher = Teacher(model, freezes=False)
         if checkpoint is not None:

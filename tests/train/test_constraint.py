@@ -392,6 +392,14 @@ def test_times_are_kept_by_the_table_that_was_measured_once(four, monkeypatch, b
     projected = constraint.project(gates)
     assert most - 500 <= projected.cost <= most and calls == [(4, 32)] and "it was loud" in constraint.notes
     assert constraint.project(gates, sparsity=0.1).sparsity == pytest.approx(0.1, abs=0.011)
+    again = Constraint.of(model, gates, budget, length=32, batch=4, table=constraint.table)
+    assert len(calls) == 1 and (again.target, again.notes) == (constraint.target, constraint.notes)
+    assert all(np.array_equal(curve, constraint.cost.costs.curves[n]) for n, curve in again.cost.costs.curves.items())
+    with pytest.raises(ValueError, match="table= holds times, and sparsity=0.2 is no budget in time"):
+        Constraint.of(model, gates, 0.2, table=constraint.table)
+    other = four(num_hidden_layers=2)
+    with pytest.raises(ValueError, match="table= is of another model: model.layers.2.* units there, and none here"):
+        Constraint.of(other, Gates.of(other), budget, table=constraint.table)
     with pytest.raises(ValueError, match="a budget in time knows"):
         Constraint.of(model, Gates.of(model, ALL), budget)
 

@@ -280,7 +280,8 @@ def test_there_is_no_family_unless_asked_for(tmp_path):
 
 
 def test_a_budget_in_measured_time(tmp_path, monkeypatch):
-    """Times are a stub's: heads are dear, channels cheap; a resumed run goes by those of its checkpoint."""
+    """Times are a stub's: heads are dear, channels cheap; a resumed run goes by those of its checkpoint, and measures
+    none."""
     factors = [1.0, 3.0]
 
     def measure(model, legal, *, batch_size, length):
@@ -297,6 +298,7 @@ def test_a_budget_in_measured_time(tmp_path, monkeypatch):
     plan = train(one, tmp_path, **options).plan()
     assert plan == train(other, tmp_path, resume=str(tmp_path / "checkpoint-4"), **options).plan()
     assert_same_model(one, other)
+    assert factors == [3.0]
     milliseconds = 2.0
     for width in find_widths(one):
         kept = len(plan.cuts[width.name].kept) if width.name in plan.cuts else width.num_units

@@ -78,6 +78,7 @@ def test_the_published_recipe():
         ({"keep": ["x"]}, "sparsity='x' is no budget"),
         ({"keep": [0.1], "constraints": {"speedup": 1.5}}, r"keep=\[0.1\] goes with a sparsity"),
         ({"hidden": True, "constraints": {"latency_ms": 3}}, "hidden=True and .*latency_ms.* heads and channels only"),
+        ({"hidden": True, "merge_lora": False}, "cannot be cut with hidden dimensions; leave merge_lora at True, or"),
         ({"untie": True}, "untie=True is for hidden=True"),
         ({"uniform": "yes"}, "uniform='yes' must be True or False"),
         ({"round_to": 0}, "round_to=0 must be a whole number"),

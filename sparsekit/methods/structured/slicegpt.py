@@ -194,7 +194,7 @@ def rotate_(model: nn.Module, stream: Stream, Q: Tensor, snapshot: Snapshot) -> 
         Q: orthogonal, float64 [d, d].
         snapshot: takes it back if the caller fails.
     """
-    _untie_(model, stream, snapshot)
+    untie_(model, stream, snapshot)
     for name in (stream.embedding, stream.head, *stream.readers, *stream.linears):
         snapshot.remember(name)
     table = model.get_submodule(stream.embedding).get_parameter("weight")
@@ -227,7 +227,7 @@ def deaden_(model: nn.Module, stream: Stream, num_kept: int) -> None:
             weight_NK(model.get_submodule(name))[:, num_kept:] = 0
 
 
-def _untie_(model: nn.Module, stream: Stream, snapshot: Snapshot) -> None:
+def untie_(model: nn.Module, stream: Stream, snapshot: Snapshot) -> None:
     """Give the head a weight of its own, where it shares the embedding's."""
     head = model.get_submodule(stream.head)
     weight = head.get_parameter("weight")
