@@ -13,6 +13,7 @@ import sparsekit as sk
 from sparsekit.benchmarking import against_dense, free_bytes
 from sparsekit.benchmarking.machine import device_of
 from sparsekit.budgets import Budget
+from sparsekit.checkpoint import STALE
 from sparsekit.cli.family_plot import draw_family
 from sparsekit.cli.models import hush_warnings, load_model, load_tokenizer
 from sparsekit.cli.output import Output
@@ -30,8 +31,10 @@ from sparsekit.cli.train import (
 from sparsekit.cli.trained import LOG, PLAN, PLOT
 from sparsekit.cli.training_view import TrainingView, plot_training
 from sparsekit.evaluate import perplexity
-from sparsekit.files import replace_file
+from sparsekit.files import replace_dir, replace_file
+from sparsekit.hf.card import write_card
 from sparsekit.hf.describe import who_opens
+from sparsekit.nn import side_layers
 from sparsekit.report import Report
 from sparsekit.train.trainer import last_checkpoint
 
@@ -154,7 +157,10 @@ class _Results:
         model, folder = model.to(self.dtype).eval(), self.out / name
         report = sk.check(model, plan)
         self.output.add(f"check {name}".strip(), report, shown=short_check(report))
-        sk.save(model, folder, packed=False, tokenizer=self.tokenizer)
+        if side_layers(model):
+            _save_with_branches(model, folder, self.tokenizer)
+        else:
+            sk.save(model, folder, packed=False, tokenizer=self.tokenizer)
         plan.save(folder / PLAN)
         self.saved.append(folder)
         self.output.say(f"{folder}: {who_opens(model)}")
@@ -223,6 +229,15 @@ class _Results:
             elif last_checkpoint(self.options.checkpoints) is not None:
                 error.add_note(f"the same command with --resume starts from the end of {self.options.checkpoints}")
             raise
+
+
+def _save_with_branches(model: Any, folder: Path, tokenizer: Any) -> None:
+    """Save a model whose LoRA stands beside its weights; `from_pretrained` opens it where sparsekit is imported."""
+    bytes_needed = int(1.05 * sum(parameter.nbytes for parameter in model.parameters())) + 2**20
+    with replace_dir(folder, bytes_needed, STALE) as made:
+        model.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        write_card(model, made, {})
 
 
 def _blocks(model: nn.Module) -> Iterator[nn.Parameter]:

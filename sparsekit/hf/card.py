@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sparsekit.formats import FORMATS, WeightSpec
 from sparsekit.hf.describe import widths_of
-from sparsekit.nn import SparseLinear, linear_size
+from sparsekit.nn import SparseLinear, linear_size, side_layers
 
 _PACKED = """\
 ## How to load
@@ -53,6 +53,23 @@ The model is dense and smaller: heads or channels were cut from its blocks. {num
 `config.json` has no words for, as `{first}` with {out_features} x {in_features}; they stand there under
 `quantization_config`, `widths`. **Without `import sparsekit` the load fails**, with sizes that do not match: never pass
 `ignore_mismatched_sizes`, which would put random weights there. Install the package with `pip install sparsekit-torch`.
+"""
+
+_BESIDE = """\
+## How to load
+
+```python
+import sparsekit  # first: it teaches transformers the branches
+from transformers import {auto_class}
+
+model = {auto_class}.from_pretrained("this folder")
+```
+
+or `sparsekit.load("this folder")`.
+
+The weights are dense, and {num_layers} layers have a low-rank branch beside theirs, as `{first}`. **Without
+`import sparsekit` the load fails**, and must: the model is not the same without its branches. Install the package with
+`pip install sparsekit-torch`. `sparsekit.merge_side_(model)` folds them into the weights.
 """
 
 _DENSE = """\
@@ -103,6 +120,8 @@ def write_card(model: nn.Module, folder: Path, packed: dict[str, SparseLinear]) 
             share=stored / max(dense, 1),
             branches=_BRANCHES.format(num_branches=num_branches) if num_branches else "",
         )
+    elif branches := side_layers(model):
+        body = _BESIDE.format(auto_class=_auto_class(model), num_layers=len(branches), first=next(iter(branches)))
     elif widths := widths_of(model):
         first = next(iter(widths))
         body = _CUT.format(

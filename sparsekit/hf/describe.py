@@ -11,7 +11,7 @@ import torch.nn as nn
 
 from sparsekit.formats import FORMATS
 from sparsekit.hf import QUANT_METHOD
-from sparsekit.nn import SparseLinear, sparse_layers
+from sparsekit.nn import SparseLinear, side_layers, sparse_layers
 
 
 def is_pretrained(model: nn.Module) -> bool:
@@ -61,10 +61,13 @@ def mark_of_widths(model: nn.Module) -> Any:
 def who_opens(model: nn.Module) -> str:
     """Return, in a sentence, what it takes to open a checkpoint of a transformers model."""
     needs = [f"{len(layers)} layers are packed"] if (layers := sparse_layers(model)) else []
+    if branches := side_layers(model):
+        needs.append(f"{len(branches)} layers have a side branch")
     if widths := widths_of(model):
         needs.append(f"{len(widths)} layers have sizes that its config cannot say, as {next(iter(widths))}")
     if needs:
-        return f"opened by transformers after `import sparsekit`, and by sparsekit.load: {' and '.join(needs)}"
+        reasons = " and ".join(filter(None, (", ".join(needs[:-1]), needs[-1])))
+        return f"opened by transformers after `import sparsekit`, and by sparsekit.load: {reasons}"
     return "opened by transformers, and by engines that read its config, without sparsekit: the config says all sizes"
 
 

@@ -204,6 +204,9 @@ def test_a_branch_in_place_of_a_merge(tmp_path):
     assert (logits_of(beside) - expected).abs().max() <= 1e-4 * expected.abs().max()
     sk.apply_(beside, plan_beside)
     assert (logits_of(beside) - expected).abs().max() <= 1e-4 * expected.abs().max()
+    beside.save_pretrained(tmp_path / "beside")
+    for opened in (AutoModelForCausalLM.from_pretrained(tmp_path / "beside"), sk.load(tmp_path / "beside")):
+        assert len(side_layers(opened)) == 21 and torch.equal(logits_of(opened), logits_of(beside))
 
 
 def test_evaluation_sees_the_model_as_it_will_be(tmp_path):
@@ -247,6 +250,10 @@ def test_a_family_from_one_run(tmp_path, merge_lora):
         assert plan.made_by.config["sparsity"] == sparsity and logits_of(smaller).isfinite().all()
     assert torch.equal(logits_of(found[0.4][1]), logits_of(model))
     assert not torch.equal(logits_of(found[0.2][1]), logits_of(model))
+    small = found[0.2][1]
+    small.save_pretrained(tmp_path / "small")
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert bool(side_layers(opened)) is not merge_lora and torch.equal(logits_of(opened), logits_of(small))
 
 
 def test_members_are_the_model_as_it_was_on_the_way(tmp_path, monkeypatch):
