@@ -93,10 +93,11 @@ class NanOnTheSecond(NutePruneTrainer):
         return loss * float("nan") if self.state.global_step == 2 and self.args.process_index == 1 else loss
 
 
-def measured(factor):
+def measured(factor, calls):
     """A table of times that is another on each rank."""
 
     def measure(model, legal, *, batch_size, length):
+        calls.append(length)
         points = {w.name: ((1, 0.0), (w.num_units, factor * (2.0 if w.kind == "heads" else 1.0))) for w in legal.widths}
         return LatencyTable(batch_size, length, points, {w.name: w.num_units for w in legal.widths}, 2.0)
 
@@ -105,7 +106,7 @@ def measured(factor):
 
 def work(folder):
     """What each of two processes does."""
-    rank, found = int(os.environ["RANK"]), {}
+    rank, found, calls = int(os.environ["RANK"]), {}, []
     for name, options in RUNS.items():
         found[name] = run(arguments(folder / name, 2, **options))
         checkpoint = str(folder / name / f"checkpoint-{SAVED_AT}")
@@ -114,8 +115,9 @@ def work(folder):
     if rank:
         other.load_state_dict({key: torch.zeros_like(value) for key, value in other.state_dict().items()})
     found["first rank's weights"] = run(arguments(folder / "other", 2, save_strategy="no", **RUNS["nearest"]), other)
-    constraint_module.measure_latency = measured(1.0 + rank)
+    constraint_module.measure_latency = measured(1.0 + rank, calls)
     found["timed"] = run(arguments(folder / "timed", 2, save_strategy="no", **TIMED))
+    found["measured"] = len(calls)
     with pytest.raises(NonFiniteError) as caught:
         run(arguments(folder / "nan", 2, save_strategy="no"), cls=NanOnTheSecond)
     found["nan"] = str(caught.value)
@@ -172,6 +174,7 @@ def test_resuming_changes_nothing(ranks, name):
 
 
 def test_the_first_rank_decides(ranks):
+    assert [rank["measured"] for rank in ranks] == [1, 0]
     for rank in ranks:
         assert rank["first rank's weights"]["losses"] == rank["nearest"]["losses"]
 
