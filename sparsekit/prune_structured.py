@@ -140,7 +140,7 @@ def _narrow_(
         job.first_only = first_only_readers(model, tuned, inputs[0])
     if not why_whole:
         bar.advance(0, "principal directions")
-        job.thinner = Thinner(model, inputs, judging_batches(inputs), config.round_to)
+        job.thinner = Thinner(model, inputs, judging_batches(inputs), config.round_to, config.turns)
     job.scores = config.score(job)
     counts = config.count(job)
     plan.sensitivity = job.sensitivity

@@ -1,7 +1,7 @@
 """All or nothing: the weights as they were, for when something fails half-way."""
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -185,3 +185,21 @@ def restored_on_failure(model: nn.Module) -> Iterator[Snapshot]:
         raise
     finally:
         _open.reset(token)
+
+
+@contextmanager
+def put_back_afterwards(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Put the parameters of these layers back, as they are now, whatever happens in the body.
+
+    For the body the model is what it makes of it: a block of `restored_on_failure` in there starts from that.
+    """
+    snapshot = Snapshot(model)
+    for name in names:
+        snapshot.remember(name)
+    token = _open.set(None)
+    try:
+        yield
+    finally:
+        _open.reset(token)
+        with uninterrupted():
+            snapshot.restore()

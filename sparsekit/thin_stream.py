@@ -80,6 +80,7 @@ class Thinner:
         batches: calibration data.
         judges: which of them judge.
         round_to: the hidden size that is left is a multiple of this.
+        turn: turn the stream first; else its last dimensions are those that go.
 
     Attributes:
         size, num_kept: dimensions, before and after.
@@ -87,13 +88,18 @@ class Thinner:
         losses: hidden size -> divergence of the answers, in falling order; that of `size` is 0.
     """
 
-    def __init__(self, model: nn.Module, batches: list[Batch], judges: list[int], round_to: int) -> None:
+    def __init__(
+        self, model: nn.Module, batches: list[Batch], judges: list[int], round_to: int, turn: bool = True
+    ) -> None:
         self.model, self.batches = model, batches
         self.stream = Stream.of(model)
         self.size = self.num_kept = _size(model, self.stream)
         head = model.get_submodule(self.stream.head).get_parameter("weight")
         self.untied = head.numel() if is_tied(model, self.stream) else 0
-        self._Q = principal_directions(model, self.stream, batches)
+        self._turned = not turn
+        self._Q = (
+            principal_directions(model, self.stream, batches) if turn else torch.eye(self.size, dtype=torch.float64)
+        )
         self.losses = self._losses(judges, round_to)
 
     @staticmethod
@@ -125,7 +131,12 @@ class Thinner:
         """Turn the stream and make what goes of it dead; return the weights of the model turned but whole, by name,
         on the CPU."""
         check_thin(self.model, self.stream.embedding, self.num_kept)
-        _turn_(self.model, self.stream, self._Q, plan, self.num_kept, self.batches[0], snapshot)
+        if self._turned:
+            for name in (self.stream.embedding, self.stream.head, *self.stream.linears):
+                snapshot.remember(name)
+            _write_down(self.model, self.stream, plan, self.num_kept)
+        else:
+            _turn_(self.model, self.stream, self._Q, plan, self.num_kept, self.batches[0], snapshot)
         whole = {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.model.named_parameters()}
         deaden_(self.model, self.stream, self.num_kept)
         return whole
@@ -176,7 +187,7 @@ def _turn_(
     Raises:
         Unsupported: the answers changed.
     """
-    size, was_tied = _size(model, stream), is_tied(model, stream)
+    was_tied = is_tied(model, stream)
     with as_in_inference(model):
         before = first_tensor(run(model, batch)).float()
         rotate_(model, stream, Q, snapshot)
@@ -186,11 +197,16 @@ def _turn_(
             f"the answers of {type(model).__name__} changed by {error:.0%} when its residual stream was turned, so it "
             "computes something else than its names suggest: its hidden dimensions cannot be cut"
         )
-    plan.cuts[stream.embedding] = Cut(torch.arange(num_kept), size, "hidden")
-    plan.notes.append(f"{num_kept} of {size} hidden dimensions are left")
+    _write_down(model, stream, plan, num_kept)
     if was_tied:
         own = num_kept * model.get_submodule(stream.head).get_parameter("weight").shape[0]
         plan.notes.append(f"{stream.head} no longer shares its weight with {stream.embedding}: {own:,} parameters more")
+
+
+def _write_down(model: nn.Module, stream: Stream, plan: Plan, num_kept: int) -> None:
+    size = _size(model, stream)
+    plan.cuts[stream.embedding] = Cut(torch.arange(num_kept), size, "hidden")
+    plan.notes.append(f"{num_kept} of {size} hidden dimensions are left")
 
 
 def _size(model: nn.Module, stream: Stream) -> int:

@@ -5,7 +5,8 @@ fp32, and the sum is rounded once.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -114,7 +115,7 @@ def merge_(model: Any) -> nn.Module:
         ValueError: this is no model with LoRA.
         NonFiniteError: the LoRA holds NaN or infinity. Nothing was changed.
     """
-    factors = _factors(model)
+    factors = factors_of(model)
     plain = _taken_off(model)
     for name, (B, A) in factors.items():
         layer = plain.get_submodule(name)
@@ -135,7 +136,7 @@ def as_side_(model: Any, plan: Plan) -> nn.Module:
     """
     if any(cut.kind == "hidden" for cut in plan.cuts.values()):
         raise Unsupported("hidden dimensions cannot be cut beside side branches: merge the LoRA, merge_lora=True")
-    factors, wrappers = _factors(model), _wrappers(model)
+    factors, wrappers = factors_of(model), _wrappers(model)
     plain = _taken_off(model)
     try:
         dead = _dead_columns(plain, plan)
@@ -191,7 +192,7 @@ def _layers(model: nn.Module, lora_targets: str | Sequence[str]) -> dict[str, nn
     return {name: layer for name, layer in found.items() if name not in outside}
 
 
-def _factors(model: Any) -> dict[str, tuple[Tensor, Tensor]]:
+def factors_of(model: Any) -> dict[str, tuple[Tensor, Tensor]]:
     """Return name of the layer in the plain model -> B [N, r] with its scale, A [r, K]; in fp32 or more."""
     config = getattr(model, "peft_config", {}).get(ADAPTER)
     if config is None:
@@ -207,6 +208,27 @@ def _factors(model: Any) -> dict[str, tuple[Tensor, Tensor]]:
             raise NonFiniteError(f"the LoRA of {name} holds NaN or infinity: go back to a sound checkpoint")
         found[name] = B, A
     return found
+
+
+@torch.no_grad()
+def set_factors_(model: Any, name: str, B: Tensor, A: Tensor) -> None:
+    """Give the LoRA of a layer these factors, as `factors_of` gives them: B holds the scale."""
+    layer = _wrappers(model)[name]
+    layer.lora_B[ADAPTER].weight.copy_(B / layer.scaling[ADAPTER])
+    layer.lora_A[ADAPTER].weight.copy_(A)
+
+
+@contextmanager
+def without_adapters(model: Any) -> Iterator[nn.Module]:
+    """Yield the plain model that `add_lora` got, its own layers in their places; afterwards the LoRA is back on."""
+    wrappers = _wrappers(model)
+    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield _taken_off(model)
+    finally:
+        _put_back(model, wrappers)
+        for parameter, requires_grad in wanted:
+            parameter.requires_grad_(requires_grad)
 
 
 def _wrappers(model: Any) -> dict[str, Any]:

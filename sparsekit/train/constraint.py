@@ -246,6 +246,15 @@ class Constraint:
         notes = [budget.met(choice.cost, choice.costs), *self._at_least(chances, choice)]
         return Projected(masks, cost, 1 - cost / self.cost.dense, notes)
 
+    def as_chosen(self, masks: Masks, notes: Sequence[str] = ()) -> Projected:
+        """Return the choice of somebody else, who kept to the budget.
+
+        Args:
+            masks: name -> bool [num_units], on the CPU, for every part that has gates.
+        """
+        cost = round(self.cost.of_masks(masks))
+        return Projected(dict(masks), cost, 1 - cost / self.cost.dense, list(notes))
+
     def _choose(self, gates: Gates, chances: Masks, ranked: Masks, budget: Budget, target: float) -> "_Choice":
         """Return the numbers to keep: of layers and hidden dimensions as many as gates expect, or the nearest with
         which heads and channels reach the budget."""

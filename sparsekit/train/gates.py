@@ -175,6 +175,20 @@ class Gates(nn.Module):
         return self.split(self.log_alpha.detach() + self.excess)
 
     @torch.no_grad()
+    def start_from_(self, masks: Masks) -> None:
+        """Begin anew: open and closed as these boolean masks, parts that are missing open, but free to change.
+
+        What counts as closed is nearly so: gates that are drawn are open with a chance of 8 %, others count 5 %.
+        """
+        near = 4.0 if self.stochastic else 2.0
+        alpha = {
+            name: torch.where(masks[name].cpu(), near, -near) if name in masks else torch.full((size,), OPEN)
+            for name, size in self.sizes.items()
+        }
+        self.log_alpha.copy_(torch.cat(list(alpha.values())).clamp(-LIMIT, LIMIT))
+        self.excess.zero_()
+
+    @torch.no_grad()
     def clamp_(self) -> None:
         """Put log-alphas back within their limits; after each step of the optimizer."""
         inside = self.log_alpha.clamp(-LIMIT, LIMIT)

@@ -12,6 +12,7 @@ from sparsekit.registry import unknown
 from sparsekit.train.config import SparseTrainingArguments, check_not_negative, check_share, check_whole
 from sparsekit.train.constraint import RAMPS
 from sparsekit.train.numerous import TEACHERS
+from sparsekit.train.nuteprune_start import OPEN_GATES, check_start
 
 GATES = ("hard_concrete", "deterministic")
 HIDDEN_LOSSES = ("relative", "paper")
@@ -36,6 +37,12 @@ class NutePruneConfig(SparseTrainingArguments):
             {"speedup": 1.5}; in the last two, measured milliseconds are what gates count.
         length: tokens of a sequence, for budgets in FLOPs or time; None for the mean of the training data.
         batch: sequences in a batch, for budgets in time.
+        start: where gates and LoRA begin: at what a one-shot method leaves, as "contribution", its repair as LoRA; or
+            "open", with all units there and a target that rises, as published. None is "contribution", and "open"
+            where layers have gates, too.
+        stages: of a one-shot start: smaller sparsities to halt at on the way, beside those of `keep`. All have as many
+            steps; at the end of each the student becomes a teacher, and the method chooses anew what goes.
+        num_calibration_samples: samples of the training data for the one-shot method.
         gates: "hard_concrete" draws in each step; "deterministic" takes the same soft gates without noise.
         hidden: whether dimensions of the residual stream have gates, too.
         untie: give a head that shares the embedding's weight its own, for `hidden`.
@@ -44,7 +51,8 @@ class NutePruneConfig(SparseTrainingArguments):
         round_to: what is left of each dimension is a multiple of this.
         tensor_parallel: over how many devices each layer must be possible to split.
         min_heads, min_channels: what each layer keeps at least.
-        sparsity_warmup: share of all steps in which the target rises from 0.
+        sparsity_warmup: share of all steps in which the target rises from 0. None is 0.3 for an open start, 0 for
+            others.
         ramp: how it rises: "linear", or "cubic", which is fast at first.
         gate_learning_rate: of the gates, constant.
         multiplier_learning_rate: of the Lagrange multipliers, constant.
@@ -64,7 +72,8 @@ class NutePruneConfig(SparseTrainingArguments):
         kd_kind: "forward_kl" or "reverse_kl".
         kd_reduction: the KL is a mean over "tokens", or over "sequences", each the sum of its tokens, as published.
         frozen_share: share of all steps, at the end, in which gates are closed or open for good, within the budget
-            exactly, and LoRA alone learns.
+            exactly, and LoRA alone learns. None is 0.2 for an open start, and 1 for others: what their method chose
+            stays.
         keep: smaller sparsities to keep on the way: a family of models from one run, see `family`.
         merge_lora: add LoRA to the weights at the end; otherwise it stays beside them, as a side branch, which cannot
             follow `hidden`.
@@ -81,6 +90,9 @@ class NutePruneConfig(SparseTrainingArguments):
     constraints: dict[str, Any] | None = None
     length: float | None = None
     batch: int = 1
+    start: str | None = None
+    stages: Any = ()
+    num_calibration_samples: int = 128
     gates: str = "hard_concrete"
     hidden: bool = False
     untie: bool = False
@@ -90,7 +102,7 @@ class NutePruneConfig(SparseTrainingArguments):
     tensor_parallel: int = 1
     min_heads: int = 1
     min_channels: int = 8
-    sparsity_warmup: float = 0.3
+    sparsity_warmup: Any = None
     ramp: str = "linear"
     gate_learning_rate: float = 0.1
     multiplier_learning_rate: float = 0.1
@@ -106,7 +118,7 @@ class NutePruneConfig(SparseTrainingArguments):
     temperature: float = 1.0
     kd_kind: str = "forward_kl"
     kd_reduction: str = "tokens"
-    frozen_share: float = 0.2
+    frozen_share: Any = None
     keep: Any = ()
     merge_lora: bool = True
     snapshots_on_disk: bool = False
@@ -126,8 +138,18 @@ class NutePruneConfig(SparseTrainingArguments):
                 f"sparsity={self.sparsity} and constraints={self.constraints!r} are two budgets: give one of them"
             )
         measure = Budget.parse(self.budget).measure
-        for name in ("batch", "round_to", "tensor_parallel", "min_heads", "min_channels", "lora_rank", "teacher_steps"):
+        for name in (
+            "batch",
+            "round_to",
+            "tensor_parallel",
+            "min_heads",
+            "min_channels",
+            "lora_rank",
+            "teacher_steps",
+            "num_calibration_samples",
+        ):
             check_whole(name, getattr(self, name))
+        self._settle_start()
         for name in ("sparsity_warmup", "frozen_share"):
             check_share(name, getattr(self, name))
         if self.sparsity_warmup + self.frozen_share > 1 + 1e-9:
@@ -149,7 +171,11 @@ class NutePruneConfig(SparseTrainingArguments):
             if getattr(self, name) not in known:
                 raise ValueError(unknown(name, getattr(self, name), list(known)))
         self.lora_targets = _names("lora_targets", self.lora_targets)
-        self.keep = self._kept()
+        self.keep, self.stages = self._on_the_way("keep"), self._on_the_way("stages")
+        if self.stages and self.start == OPEN_GATES:
+            raise ValueError(
+                f"stages={self.stages!r} is for a one-shot start: an open one passes all sparsities anyway"
+            )
         if self.hidden and measure == "ns":
             raise ValueError(
                 f"hidden=True and {self.constraints!r}: a budget in time knows the cost of heads and channels only"
@@ -175,18 +201,43 @@ class NutePruneConfig(SparseTrainingArguments):
         if self.kd_weight + self.ce_weight + self.hidden_weight == 0:
             raise ValueError("kd_weight, ce_weight and hidden_weight are all 0: there is nothing to learn from")
 
-    def _kept(self) -> list[float]:
-        """Return the sparsities to keep on the way, rising."""
-        asked = [self.keep] if isinstance(self.keep, str | int | float) else list(self.keep or ())
-        if asked and (self.constraints is not None or self.sparsity == 0):
-            raise ValueError(f"keep={asked!r} goes with a sparsity that is larger than those to keep: give that")
-        kept = sorted({Budget.parse({"sparsity": each}).amount for each in asked})
-        if kept and not 0 < kept[0] <= kept[-1] < self.sparsity:
+    def _settle_start(self) -> None:
+        """Fill in what depends on the start, and check that its parts go together."""
+        if self.start is None:
+            self.start = OPEN_GATES if self.layers else "contribution"
+        check_start(self.start)
+        is_open = self.start == OPEN_GATES
+        if self.sparsity_warmup is None:
+            self.sparsity_warmup = 0.3 if is_open else 0.0
+        if self.frozen_share is None:
+            self.frozen_share = 0.2 if is_open else 1.0
+        if is_open or not self.prunes:
+            return
+        if self.frozen_share == 1 and (self.layers or (self.hidden and self.start != "contribution")):
+            kind = "layers" if self.layers else "hidden"
             raise ValueError(
-                f"keep={asked!r}: these are kept on the way to sparsity={self.sparsity}, so each must be between 0 and "
+                f"{kind}=True, start={self.start!r} and frozen_share=1: the method chooses among heads and channels, "
+                "and nothing else could go; use start='open', or frozen_share=0.5, so that gates learn"
+            )
+        if self.teachers == "paper":
+            raise ValueError(
+                f"teachers='paper' and start={self.start!r}: those teachers stand every 1 % on the way of gates that "
+                "close; use start='open', or teachers='nearest'"
+            )
+
+    def _on_the_way(self, name: str) -> list[float]:
+        """Return the sparsities of `keep` or `stages`, rising."""
+        given = getattr(self, name)
+        asked = [given] if isinstance(given, str | int | float) else list(given or ())
+        if asked and (self.constraints is not None or self.sparsity == 0):
+            raise ValueError(f"{name}={asked!r} goes with a sparsity that is larger than those: give that")
+        found = sorted({Budget.parse({"sparsity": each}).amount for each in asked})
+        if found and not 0 < found[0] <= found[-1] < self.sparsity:
+            raise ValueError(
+                f"{name}={asked!r}: these are on the way to sparsity={self.sparsity}, so each must be between 0 and "
                 "that"
             )
-        return kept
+        return found
 
     def _check_pattern(self) -> None:
         if self.parsed_pattern != Structured():
@@ -222,9 +273,27 @@ class NutePruneConfig(SparseTrainingArguments):
         return self.constraints is not None or self.sparsity > 0
 
     @property
+    def is_one_shot(self) -> bool:
+        """Whether a one-shot method chooses what goes, or what gates start from."""
+        return self.prunes and self.start != OPEN_GATES
+
+    @property
     def kinds(self) -> tuple[str, ...]:
         """What has gates."""
         return ("heads", "channels", *(("hidden",) if self.hidden else ()), *(("layers",) if self.layers else ()))
+
+    def stage_starts(self, num_steps: int) -> list[tuple[int, float | None]]:
+        """Return the first step of each stage and its sparsity, None for that of the run; none of an open start.
+
+        Raises:
+            ValueError: the run is too short for them.
+        """
+        if not self.is_one_shot:
+            return []
+        stages = [*sorted({*self.keep, *self.stages}), None]
+        if len(stages) > num_steps:
+            raise ValueError(f"{len(stages)} sparsities on the way (keep, stages) and {num_steps} steps: train longer")
+        return [(num_steps * index // len(stages), sparsity) for index, sparsity in enumerate(stages)]
 
     @classmethod
     def paper(cls, **fields: Any) -> Self:
@@ -238,6 +307,7 @@ class NutePruneConfig(SparseTrainingArguments):
         sparsity = fields.get("sparsity", 0.5)
         slow = isinstance(sparsity, int | float) and sparsity <= 0.2 and fields.get("constraints") is None
         recipe: dict[str, Any] = {
+            "start": OPEN_GATES,
             "hidden": True,
             "sparsity_warmup": 4 / 7 if slow else 1 / 7,
             "ramp": "linear",

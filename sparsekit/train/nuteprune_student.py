@@ -2,7 +2,8 @@
 
 The model's own weights stay as they are all the while. A step goes
 
-    begin_step    choose the teacher; draw the gates, once for all micro-batches of the step
+    begin_step    where a stage begins, take out what a one-shot method would; choose the teacher; draw the gates, once
+                  for all micro-batches of the step
     (forward and backward passes: the gradients of the masks gather in leaves of their own)
     pull_         average those over processes, take them on to the gates, and add the constraint's; look for marks
     (the optimizer's step)
@@ -11,7 +12,7 @@ The model's own weights stay as they are all the while. A step goes
 so nothing changes between a forward and its backward, and the gates are the same on all processes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,14 @@ from torch import Tensor, nn
 from sparsekit.archs import Width
 from sparsekit.benchmarking.latency_table import LatencyTable
 from sparsekit.budgets import Budget
+from sparsekit.methods import METHODS
 from sparsekit.train.adapters import add_lora
 from sparsekit.train.constraint import AugmentedLagrangian, Constraint, Projected, target_at
 from sparsekit.train.gates import Gates, Masks
 from sparsekit.train.masked import Masked, leaves_of, pass_gradients_
 from sparsekit.train.numerous import Probe, Roles, Snapshot, Snapshots, TeacherSchedule
 from sparsekit.train.nuteprune_config import NutePruneConfig
+from sparsekit.train.nuteprune_start import one_shot, same_everywhere, take_up_
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,9 @@ class Student:
         probe: a batch on which distances to teachers are measured.
         length: tokens of a sequence, where the config gives none.
         folder: for snapshots, where they are to lie on disk.
+        table: of times, if they are known already.
+        samples: of the training data, each a batch of one, for one-shot starts.
+        turned: directions that the residual stream was turned to, if it was; kept in checkpoints.
         table: the times of a run that is resumed, see `saved_table`; None measures, where the budget is in time.
     Attributes:
         gates: None where nothing is to go; as `constraint` and `lagrangian`.
@@ -77,8 +83,10 @@ class Student:
         length: float,
         folder: Path | None,
         table: LatencyTable | None = None,
+        samples: Sequence[dict[str, Tensor]] = (),
+        turned: Tensor | None = None,
     ) -> None:
-        self.args = args
+        self.args, self._widths, self._samples, self._length = args, widths, list(samples), args.length or length
         self.gates: Gates | None = None
         self.constraint: Constraint | None = None
         self.lagrangian: AugmentedLagrangian | None = None
@@ -97,6 +105,10 @@ class Student:
         self.members: list[Member] = []
         self.target = self.expected = 0.0
         self.warmup_steps = self.freeze_step = 0
+        self.notes: list[str] = []
+        self.turned = turned
+        self.num_begun, self.begins_stage = 0, False
+        self._stages: list[tuple[int, float | None]] = []
         self._probe = Probe(self.roles, probe)
         self._drawn: Masks = {}
         self._leaves: Masks = {}
@@ -121,6 +133,7 @@ class Student:
             ValueError: the run is too short for them.
         """
         args = self.args
+        self._stages = args.stage_starts(num_steps)
         self.warmup_steps = round(num_steps * args.sparsity_warmup)
         self.freeze_step = num_steps - round(num_steps * args.frozen_share)
         if args.prunes and self.warmup_steps > self.freeze_step:
@@ -145,8 +158,68 @@ class Student:
     def begin_step(self, step: int) -> None:
         """Choose the teacher of a step, and draw its gates."""
         assert self.schedule is not None
+        self.begins_stage = self.num_begun < len(self._stages) and step >= self._stages[self.num_begun][0]
+        if self.begins_stage:
+            self._begin_stage_(step)
         self.teacher = self.schedule.teacher(step, lambda: self._probe.distances(self.snapshots, self.settled()))
         self.masked.masks = self._masks_of(step)
+
+    def finish_(self, num_done: int) -> None:
+        """Choose what stays, if that is still to be done: training ended early, or with gates that learn."""
+        while self.num_begun < len(self._stages):
+            self.num_begun = max(self.num_begun, len(self._stages) - 1)
+            self.notes.append("training ended before the last units went: they went without training afterwards")
+            self._begin_stage_(num_done)
+        if self.gates is not None and self.projected is None:
+            self.freeze_(num_done)
+
+    def _begin_stage_(self, step: int) -> None:
+        """Take out what a one-shot method would, its repair as LoRA; and settle that, unless gates are to learn."""
+        assert self.gates is not None and self.constraint is not None and self.schedule is not None
+        args, sparsity = self.args, self._stages[self.num_begun][1]
+        if self.projected is not None:
+            self._leave_stage(self._stages[self.num_begun - 1][1])
+        start = one_shot(
+            self.adapted,
+            self._widths,
+            self.gates.stream,
+            None if self.projected is None else self.projected.masks,
+            self._method(sparsity),
+            self._samples,
+            targets=args.targets,
+            ignore=args.ignore,
+            seed=args.seed,
+            progress=not args.disable_tqdm,
+        )
+        start = same_everywhere(start, self.gates.log_alpha.device)
+        take_up_(self.adapted, start)
+        self.gates.start_from_(start.masks)
+        self.projected, self.num_begun = None, self.num_begun + 1
+        if self.num_begun < len(self._stages) or step >= self.freeze_step:
+            masks = {name: torch.ones(size, dtype=torch.bool) for name, size in self.gates.sizes.items()}
+            self.projected = self.constraint.as_chosen(masks | start.masks, start.notes)
+            self.target = self.expected = self.projected.sparsity
+        if self.num_begun == len(self._stages):
+            self.schedule.reach(step)
+
+    def _leave_stage(self, sparsity: float | None) -> None:
+        """Keep the student as it is at the end of a stage: for the family, and as a teacher of what follows."""
+        assert self.projected is not None and self.schedule is not None and sparsity is not None
+        if sparsity in self.args.keep:
+            self.members.append(Member(sparsity, self.projected, self._lora()))
+        if self.schedule.collects:
+            masks = {name: mask.float() for name, mask in self.projected.masks.items()}
+            self.snapshots.take(self.projected.sparsity, masks, self.roles.lora())
+
+    def _method(self, sparsity: float | None) -> Any:
+        args = self.args
+        kind: Any = METHODS.get(str(args.start))
+        names = ("round_to", "tensor_parallel", "uniform", "min_heads", "min_channels", "batch")
+        fields = {name: getattr(args, name) for name in names} | {"length": self._length}
+        if "hidden" in kind.__dataclass_fields__:
+            fields |= {"hidden": args.hidden, "turn": False}
+        budget = {"sparsity": args.sparsity if sparsity is None else sparsity}
+        return kind(constraints=budget if args.constraints is None else args.constraints, **fields)
 
     def _masks_of(self, step: int) -> Masks | None:
         if self.gates is None or self.projected is not None:
@@ -249,6 +322,7 @@ class Student:
         state = {f"lora.{name}": value for name, value in self.roles.lora().items()}
         for prefix, module in (("gates", self.gates), ("lagrangian", self.lagrangian)):
             state |= {} if module is None else {f"{prefix}.{name}": x for name, x in module.state_dict().items()}
+        state |= {} if self.turned is None else {"turned": self.turned}
         state |= {f"snapshots.{name}": value for name, value in self.snapshots.state_dict().items()}
         if self.projected is not None:
             state |= {f"projected.{name}": mask for name, mask in self.projected.masks.items()}
@@ -266,6 +340,8 @@ class Student:
             "projected": None if self.projected is None else _numbers(self.projected),
             "members": [{"sparsity": each.sparsity, **_numbers(each.projected, "real")} for each in self.members],
             "sparsities": [self.target, self.expected],
+            "stages_begun": self.num_begun,
+            "notes": self.notes,
         }
 
     @torch.no_grad()
@@ -284,6 +360,7 @@ class Student:
             masks, lora = (_under(f"member.{index}.{part}", tensors) for part in ("masks", "lora"))
             self.members.append(Member(each["sparsity"], _projected(masks, each, "real"), lora))
         self.target, self.expected = numbers["sparsities"]
+        self.num_begun, self.notes = numbers["stages_begun"], list(numbers["notes"])
 
 
 def saved_table(numbers: Mapping[str, Any]) -> LatencyTable | None:

@@ -8,6 +8,8 @@ out. See `nuteprune_student` for the step, and `nuteprune_result` for what comes
 
 import hashlib
 import math
+from bisect import bisect_right
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from sparsekit.train.distill import TeacherOutput
 from sparsekit.train.nuteprune_config import NutePruneConfig
 from sparsekit.train.nuteprune_loss import student_loss
 from sparsekit.train.nuteprune_result import Family, cuts_of, settle_
+from sparsekit.train.nuteprune_start import calibration_batches, turned_
 from sparsekit.train.nuteprune_student import Member, Student, saved_table
 from sparsekit.train.restore import restored_whole_on_failure
 from sparsekit.train.teachers import Teacher
@@ -132,6 +135,11 @@ class NutePruneTrainer(SparseTrainer):
         folder = None
         if args.snapshots_on_disk:
             folder = Path(args.output_dir or ".") / "snapshots" / str(args.process_index)
+        inputs = self.calibration_inputs(args.num_calibration_samples)
+        turned: Tensor | None = None
+        if args.hidden and args.is_one_shot:
+            saved = None if checkpoint is None else load_file(Path(checkpoint) / STATE_FILE)["turned"]
+            turned = turned_(model, saved, calibration_batches(model, inputs, args.seed))
         self._student = Student(
             model,
             args,
@@ -139,6 +147,8 @@ class NutePruneTrainer(SparseTrainer):
             probe=self._probe(),
             length=sum(len(sample["input_ids"]) for sample in samples.samples) / len(samples),
             folder=folder,
+            samples=inputs,
+            turned=turned,
             table=None if checkpoint is None else saved_table(own_state_of(checkpoint)),
         )
         self._teacher = Teacher(model, freezes=False)
@@ -164,7 +174,7 @@ class NutePruneTrainer(SparseTrainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Return the schedule of LoRA; gates and multipliers have constant rates."""
+        """Return the schedule of LoRA, anew in each stage; gates and multipliers have constant rates."""
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if not isinstance(scheduler, LambdaLR):
             name = getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type)
@@ -173,7 +183,9 @@ class NutePruneTrainer(SparseTrainer):
                 "is known in advance, as 'linear' or 'cosine'"
             )
         others = len(scheduler.optimizer.param_groups) - 1
-        self.lr_scheduler = LambdaLR(scheduler.optimizer, [scheduler.lr_lambdas[0], *[_constant] * others])
+        starts = [start for start, _ in self.args.stage_starts(num_training_steps)] or [0]
+        lora = _Restarting(scheduler.lr_lambdas[0], starts, num_training_steps)
+        self.lr_scheduler = LambdaLR(scheduler.optimizer, [lora, *[_constant] * others])
         return self.lr_scheduler
 
     @property
@@ -203,6 +215,10 @@ class NutePruneTrainer(SparseTrainer):
         """Choose the teacher, and draw the gates that all micro-batches of the step see."""
         with self.accelerator.autocast():
             self.student.begin_step(self.state.global_step)
+        if self.student.begins_stage:  # what was known of the old LoRA's gradients is not true of this one
+            optimizer: Any = self.optimizer
+            for parameter in optimizer.param_groups[0]["params"]:
+                optimizer.state.pop(parameter, None)
 
     def before_step(self) -> None:
         """Bring the gates' gradients together."""
@@ -288,17 +304,19 @@ class NutePruneTrainer(SparseTrainer):
         done = self.state.global_step
         if done < self.state.max_steps:
             self.notes.append(f"training ended at step {done} of {self.state.max_steps}")
-        if student.gates is not None and student.projected is None:
-            student.freeze_(done)
+        student.finish_(done)
         plan = self._plan_of(student)
         batch = self._prepare_inputs(self._probe())
         bare = Plan(made_by=plan.made_by, notes=list(self.notes))
         members: dict[float, Member] = {each.sparsity: each for each in student.members}
         members |= {args.sparsity: student.last_member()} if members else {}
         changing = _changing(student)
+        whole = Snapshot(model)  # the outer one may hold what was there before the stream was turned
         for name, layer in changing.items():
             snapshot.remember(name, layer)
-        originals = snapshot.originals() if members else {}
+            if members:
+                whole.remember(name, layer)
+        originals = whole.originals()
         dense = {name: x for name, x in originals.items() if name.rpartition(".")[0] in changing}
         student.masked.remove()
         masks = {} if student.projected is None else student.projected.masks
@@ -322,7 +340,7 @@ class NutePruneTrainer(SparseTrainer):
         )
         if student.gates is None or student.projected is None or student.constraint is None:
             return Plan(made_by=made_by, notes=list(self.notes))
-        notes = [*self.notes, *student.constraint.notes, *student.projected.notes]
+        notes = [*self.notes, *student.notes, *student.constraint.notes, *student.projected.notes]
         return Plan(made_by=made_by, notes=notes, cuts=cuts_of(student.gates, student.projected.masks))
 
     def plan(self) -> Plan:
@@ -372,6 +390,23 @@ class _Steps(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.end_step()
+
+
+class _Restarting:
+    """A schedule that begins anew with each stage, and is as much shorter.
+
+    Args:
+        schedule: step -> factor of the learning rate, for a run of `num_steps` steps.
+        starts: first step of each stage.
+    """
+
+    def __init__(self, schedule: Callable[[Any], float], starts: list[int], num_steps: int) -> None:
+        self.schedule, self.starts, self.num_steps = schedule, starts, num_steps
+
+    def __call__(self, step: int) -> float:
+        index = bisect_right(self.starts, step) - 1
+        first, end = self.starts[index], [*self.starts[1:], self.num_steps][index]
+        return self.schedule((step - first) * self.num_steps / max(end - first, 1))
 
 
 def _constant(step: int) -> float:

@@ -254,6 +254,11 @@ class WidthMethod(StructuredMethod):
         return False
 
     @property
+    def turns(self) -> bool:
+        """Whether the residual stream is turned to its principal directions before it is made thinner."""
+        return True
+
+    @property
     def second_pass(self) -> type[InputSums] | type[Moments] | None:
         """What `decide` wants to see of a reader, in the model as it is by then; None where it needs not look."""
         return None

@@ -44,6 +44,8 @@ class Contribution(WidthMethod):
         hidden: whether dimensions of the residual stream may go as well, turned to its principal directions first (see
             `SliceGPT`), as many as cost the answers least together with heads and channels. None: where the model has
             RMSNorms, and a head with a weight of its own or a small one: one that is tied would need its own.
+        turn: turn the residual stream before hidden dimensions go. False where it is turned already: then the last ones
+            go, as they are.
         damping: of the ridge regression, relative to the mean square of the inputs.
         add_biases: give readers a bias, where the model's config can ask for one.
     """
@@ -51,6 +53,7 @@ class Contribution(WidthMethod):
     selection: str = "removal"
     allocation: str = "sensitivity"
     hidden: bool | None = None
+    turn: bool = True
     damping: float = 0.01
     add_biases: bool = False
 
@@ -64,6 +67,8 @@ class Contribution(WidthMethod):
         check_positive(self, "damping")
         if self.hidden is not None and not isinstance(self.hidden, bool):
             raise ValueError(f"hidden={self.hidden!r} is neither None nor True or False")
+        if not isinstance(self.turn, bool):
+            raise ValueError(f"turn={self.turn!r} is neither True nor False")
         if self.hidden and self.allocation != "sensitivity":
             raise ValueError(
                 f"hidden=True goes with allocation='sensitivity', which weighs hidden dimensions against others, and "
@@ -77,6 +82,10 @@ class Contribution(WidthMethod):
     @property
     def thins(self) -> bool | None:
         return self.hidden if self.allocation == "sensitivity" else False
+
+    @property
+    def turns(self) -> bool:
+        return self.turn
 
     @property
     def second_pass(self) -> type[Moments]:
