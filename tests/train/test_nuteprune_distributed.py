@@ -51,7 +51,13 @@ def text():
 def arguments(folder, num_processes, **options):
     """Four samples a step, spread over the processes."""
     short = {"max_steps": STEPS, "per_device_train_batch_size": 2, "sparsity": 0.4, "learning_rate": 5e-3}
-    short |= {"gate_learning_rate": 1.0, "multiplier_learning_rate": 1.0, "teacher_steps": 1, "lora_rank": 2}
+    short |= {
+        "start": "open",
+        "gate_learning_rate": 1.0,
+        "multiplier_learning_rate": 1.0,
+        "teacher_steps": 1,
+        "lora_rank": 2,
+    }
     short |= {"save_strategy": "steps", "save_steps": SAVED_AT, "logging_steps": 1, "disable_tqdm": True}
     options = {**short, "use_cpu": True, "output_dir": str(folder), **options}
     options["per_device_train_batch_size"] *= 2 // num_processes
