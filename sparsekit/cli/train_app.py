@@ -145,6 +145,14 @@ def train_nuteprune(
         list[str] | None,
         typer.Option(help="A sparsity to keep on the way, as 10%; give it several times for a family of models."),
     ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(help="A one-shot method that chooses what goes, or open: gates learn it. [contribution]"),
+    ] = None,
+    stages: Annotated[
+        list[str] | None,
+        typer.Option(help="A sparsity to halt at on the way, as 30%; the model there teaches the next."),
+    ] = None,
     speedup: Annotated[float | None, typer.Option(help="Measured speed-up, in place of --sparsity.")] = None,
     latency_ms: Annotated[float | None, typer.Option(help="Milliseconds measured, in place of --sparsity.")] = None,
     uniform: Annotated[bool, typer.Option(help="As many units in each layer: a plain checkpoint.")] = False,
@@ -216,6 +224,8 @@ def train_nuteprune(
             recipe = ("teachers", "learning_rate", "lora_rank", "hidden")
             fields = {name: value for name, value in fields.items() if name not in recipe or name in typed}
         fields |= budget_fields(sparsity, keep or [], speedup, latency_ms)
+        fields |= {"start": start} if start is not None else {}
+        fields |= {"stages": stages} if stages else {}
         fields |= {"max_steps": steps} if steps is not None else {}
         fields |= {"bf16": bf16} if bf16 is not None else {}
         fields |= {"gradient_checkpointing": True} if gradient_checkpointing else {}

@@ -102,14 +102,23 @@ def beginning(trainer: Any, options: TrainOptions) -> list[str]:
     kept = f"; {', '.join(f'{each:.0%}' for each in args.keep)} kept on the way" if args.keep else ""
     lines = [
         how_much(trainer),
-        f"{goal}{kept}; the target rises for {steps_said(round(args.max_steps * args.sparsity_warmup))}, gates are "
-        f"settled from step {trainer.freeze_step:,} on; teachers: {args.teachers}",
+        f"{goal}{kept}; {_way(trainer)}; teachers: {args.teachers}",
         f"on {args.device.type}{' in bf16' if args.bf16 else ''}; a line every {steps_said(args.logging_steps)}; "
         f"{evaluations_said(args)}",
     ]
     if Path(options.out).is_dir() and any(Path(options.out).iterdir()):
         lines.append(f"{options.out} exists: what is there under the same names will be replaced")
     return lines
+
+
+def _way(trainer: Any) -> str:
+    """Say how a run comes to its sparsity."""
+    args, settled = trainer.args, f"gates are settled from step {trainer.freeze_step:,} on"
+    if not args.is_one_shot:
+        return f"the target rises for {steps_said(round(args.max_steps * args.sparsity_warmup))}, {settled}"
+    stages = [step for step, _ in args.stage_starts(args.max_steps)]
+    at = f" at steps {', '.join(f'{step:,}' for step in stages)}" if len(stages) > 1 else ""
+    return f"{args.start} chooses what goes{at}" + (f"; {settled}" if args.frozen_share < 1 else "")
 
 
 class _Results:

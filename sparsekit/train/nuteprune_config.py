@@ -292,7 +292,10 @@ class NutePruneConfig(SparseTrainingArguments):
             return []
         stages = [*sorted({*self.keep, *self.stages}), None]
         if len(stages) > num_steps:
-            raise ValueError(f"{len(stages)} sparsities on the way (keep, stages) and {num_steps} steps: train longer")
+            raise ValueError(
+                f"keep={self.keep!r} and stages={self.stages!r} make {len(stages)} stages, and there are {num_steps} "
+                "steps: train longer, or halt less often"
+            )
         return [(num_steps * index // len(stages), sparsity) for index, sparsity in enumerate(stages)]
 
     @classmethod

@@ -135,7 +135,7 @@ class Family(Mapping[float, tuple[Plan, nn.Module]]):
         made_by = replace(self._plan.made_by, config={**self._plan.made_by.config, "sparsity": sparsity})
         return Plan(
             made_by=made_by,
-            notes=[*self._plan.notes, *member.projected.notes],
+            notes=list(dict.fromkeys([*self._plan.notes, *member.projected.notes])),
             cuts=cuts_of(self._gates, member.projected.masks),
         )
 

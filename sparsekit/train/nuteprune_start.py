@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.archs import Width
+from sparsekit.benchmarking.latency_table import LatencyTable
 from sparsekit.calibration import load_samples
 from sparsekit.calibration.quiet import as_in_inference
 from sparsekit.calibration.samples import Batch
@@ -32,6 +33,7 @@ from sparsekit.targets import set_weight_NK_, weight_NK
 from sparsekit.train.adapters import factors_of, set_factors_, without_adapters
 from sparsekit.train.gates import Masks
 from sparsekit.train.trainer import from_first_rank
+from sparsekit.width_solver import times_known
 
 OPEN_GATES = "open"
 """In place of a method: all units are there at first, and gates find out which go."""
@@ -62,6 +64,8 @@ def starts() -> list[str]:
 
 def check_start(value: Any) -> None:
     """Raise ValueError unless gates can start from it."""
+    if value in METHODS and getattr(METHODS.get(value), "needs_labels", False):
+        raise ValueError(f"start={value!r} needs labels, and gates start from text alone: use one of {starts()}")
     if value not in starts():
         raise ValueError(unknown("start", value, starts()))
 
@@ -78,6 +82,7 @@ def one_shot(
     ignore: Any,
     seed: int,
     progress: bool,
+    table: LatencyTable | None = None,
 ) -> Start:
     """Return what a method would leave of a student. The model is as before, bit for bit, whatever happens.
 
@@ -89,6 +94,7 @@ def one_shot(
         method: with its budget, which counts from the dense model.
         dataset: samples without labels.
         targets, ignore, seed, progress: as of `prune_`.
+        table: times that are known, for a budget in time.
     Raises:
         ValueError, Unsupported: as `prune_` does.
     """
@@ -98,19 +104,21 @@ def one_shot(
     changed = {*factors, *readers} | (set() if stream is None else {stream.embedding, stream.head, *stream.linears})
     with without_adapters(adapted) as plain, _as_it_is(plain), put_back_afterwards(plain, sorted(changed)):
         before = {name: weight_NK(plain.get_submodule(name)).detach().clone() for name in readers}
+        biases = _biases(plain, readers)
         _write_student_(plain, factors, widths, masks or {}, stream)
-        plan = prune_(
-            plain,
-            method,
-            dataset=batches,
-            targets=targets,
-            ignore=ignore,
-            num_calibration_samples=len(dataset),
-            max_seq_length=max(batch["input_ids"].shape[-1] for batch in batches),
-            batch_size=BATCH_SIZE,
-            seed=seed,
-            progress=progress,
-        )
+        with times_known(table):
+            plan = prune_(
+                plain,
+                method,
+                dataset=batches,
+                targets=targets,
+                ignore=ignore,
+                num_calibration_samples=len(dataset),
+                max_seq_length=max(batch["input_ids"].shape[-1] for batch in batches),
+                batch_size=BATCH_SIZE,
+                seed=seed,
+                progress=progress,
+            )
         parts = {width.name: width.num_units for width in widths}
         if stream is not None:
             parts[stream.embedding] = plain.get_submodule(stream.embedding).get_parameter("weight").shape[1]
@@ -127,10 +135,11 @@ def one_shot(
             change[width.name] = D
         own = {name: D for name, D in change.items() if name in factors and float(D.norm()) > 0}
         written = _outputs(plain, own, batches)
+        notes = plan.notes + _left_out(biases, _biases(plain, readers))
     found = {name: (B.float(), A.float()) for name, (B, A) in factors.items() if name not in change}
     for name, D in own.items():
         found[name] = reduced_rank(D, written.pop(name), factors[name][1].shape[0])
-    return Start(left, found, plan.notes)
+    return Start(left, found, notes)
 
 
 def reduced_rank(D: Tensor, written: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -220,12 +229,27 @@ def _outputs(model: nn.Module, change: Mapping[str, Tensor], batches: list[Batch
     return found
 
 
+def _biases(plain: nn.Module, readers: list[str]) -> dict[str, Tensor]:
+    """Return reader -> copy of its bias, of those that have one."""
+    own = {name: plain.get_submodule(name)._parameters.get("bias") for name in readers}
+    return {name: bias.detach().clone() for name, bias in own.items() if bias is not None}
+
+
+def _left_out(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[str]:
+    """Say which biases a method changed: LoRA has none."""
+    changed = [name for name, bias in before.items() if not torch.equal(bias, after[name])]
+    if not changed:
+        return []
+    return [f"what the start would add to {len(changed)} biases, as of {changed[0]}, is left out: LoRA has none"]
+
+
 @contextmanager
 def _as_it_is(plain: nn.Module) -> Iterator[None]:
-    """Run the model without the autocast that accelerate wraps its forward in."""
+    """Run the model without autocast, that which accelerate wraps its forward in, and that around this."""
     wrapped = vars(plain).pop("forward", None)
     try:
-        yield
+        with torch.autocast(next(plain.parameters()).device.type, enabled=False):
+            yield
     finally:
         if wrapped is not None:
             vars(plain)["forward"] = wrapped

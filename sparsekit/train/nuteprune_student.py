@@ -166,9 +166,11 @@ class Student:
 
     def finish_(self, num_done: int) -> None:
         """Choose what stays, if that is still to be done: training ended early, or with gates that learn."""
-        while self.num_begun < len(self._stages):
-            self.num_begun = max(self.num_begun, len(self._stages) - 1)
+        begun, missing = self._stages[: self.num_begun], self._stages[self.num_begun :]
+        self._stages = begun + [each for each in missing if each[1] is None or each[1] in self.args.keep]
+        if missing:
             self.notes.append("training ended before the last units went: they went without training afterwards")
+        while self.num_begun < len(self._stages):
             self._begin_stage_(num_done)
         if self.gates is not None and self.projected is None:
             self.freeze_(num_done)
@@ -179,6 +181,7 @@ class Student:
         args, sparsity = self.args, self._stages[self.num_begun][1]
         if self.projected is not None:
             self._leave_stage(self._stages[self.num_begun - 1][1])
+        self.masked.masks = None
         start = one_shot(
             self.adapted,
             self._widths,
@@ -190,6 +193,7 @@ class Student:
             ignore=args.ignore,
             seed=args.seed,
             progress=not args.disable_tqdm,
+            table=self.constraint.table,
         )
         start = same_everywhere(start, self.gates.log_alpha.device)
         take_up_(self.adapted, start)

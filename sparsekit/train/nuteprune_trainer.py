@@ -184,7 +184,7 @@ class NutePruneTrainer(SparseTrainer):
             )
         others = len(scheduler.optimizer.param_groups) - 1
         starts = [start for start, _ in self.args.stage_starts(num_training_steps)] or [0]
-        lora = _Restarting(scheduler.lr_lambdas[0], starts, num_training_steps)
+        lora = _restarting(scheduler.lr_lambdas[0], starts, num_training_steps)
         self.lr_scheduler = LambdaLR(scheduler.optimizer, [lora, *[_constant] * others])
         return self.lr_scheduler
 
@@ -192,7 +192,8 @@ class NutePruneTrainer(SparseTrainer):
     def freeze_step(self) -> int:
         """Step from which the gates are settled."""
         max_steps = self.state.max_steps or self.args.max_steps
-        return max_steps - round(max_steps * self.args.frozen_share)
+        starts = [step for step, _ in self.args.stage_starts(max_steps)]
+        return max(max_steps - round(max_steps * self.args.frozen_share), *starts, 0)
 
     @property
     def student(self) -> Student:
@@ -341,7 +342,8 @@ class NutePruneTrainer(SparseTrainer):
         if student.gates is None or student.projected is None or student.constraint is None:
             return Plan(made_by=made_by, notes=list(self.notes))
         notes = [*self.notes, *student.notes, *student.constraint.notes, *student.projected.notes]
-        return Plan(made_by=made_by, notes=notes, cuts=cuts_of(student.gates, student.projected.masks))
+        cuts = cuts_of(student.gates, student.projected.masks)
+        return Plan(made_by=made_by, notes=list(dict.fromkeys(notes)), cuts=cuts)
 
     def plan(self) -> Plan:
         """Return what is left of the model.
@@ -392,21 +394,22 @@ class _Steps(TrainerCallback):
         self._trainer.end_step()
 
 
-class _Restarting:
-    """A schedule that begins anew with each stage, and is as much shorter.
+def _restarting(schedule: Callable[[Any], float], starts: list[int], num_steps: int) -> Callable[[int], float]:
+    """Return a schedule that begins anew with each stage, and is as much shorter.
+
+    A function, whose state no checkpoint holds, as it would that of an object.
 
     Args:
         schedule: step -> factor of the learning rate, for a run of `num_steps` steps.
         starts: first step of each stage.
     """
 
-    def __init__(self, schedule: Callable[[Any], float], starts: list[int], num_steps: int) -> None:
-        self.schedule, self.starts, self.num_steps = schedule, starts, num_steps
+    def factor(step: int) -> float:
+        index = bisect_right(starts, step) - 1
+        first, end = starts[index], [*starts[1:], num_steps][index]
+        return schedule((step - first) * num_steps / max(end - first, 1))
 
-    def __call__(self, step: int) -> float:
-        index = bisect_right(self.starts, step) - 1
-        first, end = self.starts[index], [*self.starts[1:], self.num_steps][index]
-        return self.schedule((step - first) * self.num_steps / max(end - first, 1))
+    return factor
 
 
 def _constant(step: int) -> float:
