@@ -1,5 +1,6 @@
 """The benchmarks of structured pruning: what they read, draw, count and print. No figure of theirs is checked here."""
 
+import copy
 import importlib
 import json
 import sys
@@ -226,6 +227,25 @@ def test_a_fresh_twin_has_the_sizes_of_the_sliced_model(make):
     assert sizes != {name: parameter.shape for name, parameter in dense.named_parameters()}
     theirs = {parameter.data_ptr() for parameter in sliced.parameters()}
     assert not theirs & {parameter.data_ptr() for parameter in twin.parameters()}
+
+
+def test_the_ideal_counts_flops_and_the_weights_that_a_token_reads():
+    bench, dense = module("structured_latency"), tiny_llama().eval()
+    sliced = copy.deepcopy(dense)
+    sk.apply_(sliced, sk.prune_(sliced, MagnitudeSP(sparsity=0.4), progress=False))
+    models = {"dense": dense, "sliced": sliced}
+
+    def read(model):
+        table = model.get_input_embeddings().weight
+        tied = model.get_output_embeddings().weight is table
+        return sum(p.numel() for p in model.parameters()) - (0 if tied else table.numel())
+
+    assert bench.ideal(models, 2, 8, True) == pytest.approx(read(dense) / read(sliced))
+    macs = [sum(p.numel() for n, p in m.named_parameters() if "layers" in n and p.dim() == 2) for m in (dense, sliced)]
+    head = dense.get_output_embeddings().weight.numel()
+    found, at_most = bench.ideal(models, 2, 8, False), macs[0] / macs[1]
+    assert (macs[0] + head) / (macs[1] + head) * 0.9 < found < at_most
+    assert bench.ideal({"dense": dense, "sliced": dense}, 1, 8, False) == 1
 
 
 def test_ratios_and_goals_of_latency():
