@@ -5,7 +5,7 @@ fp32, and the sum is rounded once.
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -211,11 +211,12 @@ def factors_of(model: Any) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 @torch.no_grad()
-def set_factors_(model: Any, name: str, B: Tensor, A: Tensor) -> None:
-    """Give the LoRA of a layer these factors, as `factors_of` gives them: B holds the scale."""
-    layer = _wrappers(model)[name]
-    layer.lora_B[ADAPTER].weight.copy_(B / layer.scaling[ADAPTER])
-    layer.lora_A[ADAPTER].weight.copy_(A)
+def reset_(model: Any, names: Iterable[str]) -> None:
+    """Let the LoRA of these layers add nothing again; layers without are left out."""
+    wrappers = _wrappers(model)
+    for name in names:
+        if name in wrappers:
+            wrappers[name].lora_B[ADAPTER].weight.zero_()
 
 
 @contextmanager

@@ -344,7 +344,8 @@ class Roles:
     """Lets one model play its teachers, and be the student afterwards as if nothing had been.
 
     The student's LoRA is not written to: while another plays, the parameters are given other memory, kept for that. So
-    two sets of LoRA are on the device, whatever the number of teachers.
+    two sets of LoRA are on the device, whatever the number of teachers; and of layers that the student has repaired
+    (see `repair_`) its own, the intact ones, and where snapshots teach those of one snapshot.
 
     Args:
         model: plain or of peft, without wrappers of a trainer (`accelerator.unwrap_model(model)`).
@@ -360,6 +361,7 @@ class Roles:
         self._lora = {} if adapter is None else lora_parameters(model, adapter)
         if any(isinstance(parameter, DTensor) for parameter in self._lora.values()):
             raise Unsupported("the LoRA is sharded over processes: train with DDP, it is small")
+        self._intact: dict[str, Tensor] = {}
         self._others: dict[str, Tensor] = {}
         self._worn: Snapshot | None = None
         self._is_playing = False
@@ -370,8 +372,39 @@ class Roles:
         return next(self.model.parameters()).device
 
     def lora(self) -> dict[str, Tensor]:
-        """Return name -> tensor of the student's LoRA as it is now, not copied."""
+        """Return name -> tensor of the student's LoRA as it is now, not copied; and of its repaired layers."""
         return {name: parameter.detach() for name, parameter in self._lora.items()}
+
+    def intact(self) -> dict[str, Tensor]:
+        """Return name of a repaired parameter -> what it is in the intact model."""
+        return dict(self._intact)
+
+    def repair_(self, repaired: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Give the student layers of its own; the intact model keeps what it has, and snapshots theirs.
+
+        Args:
+            repaired: name of a layer in the plain model -> its parameters by name. The same layers each time.
+        """
+        plain: Any = getattr(self.model, "get_base_model", lambda: self.model)()
+        names = {id(parameter): name for name, parameter in self.model.named_parameters(remove_duplicate=False)}
+        found: dict[str, Tensor] = {}
+        for layer, parameters in repaired.items():
+            module = plain.get_submodule(layer)
+            own = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+            found |= {names[id(own.get_parameter(key))]: value for key, value in parameters.items()}
+        self.load(found)
+
+    @torch.no_grad()
+    def load(self, values: Mapping[str, Tensor]) -> None:
+        """Give the student what `lora` gave, or part of it; a parameter that is no LoRA's becomes its own."""
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        for name, value in values.items():
+            if name not in self._lora:
+                self._lora[name] = parameters[name]
+                self._intact[name] = parameters[name].data
+                parameters[name].data = torch.empty_like(parameters[name].data)
+            self._lora[name].data.copy_(value)
+        torch.clear_autocast_cache()
 
     @contextmanager
     def teacher(self, snapshot: Snapshot | None) -> Iterator[nn.Module]:
@@ -383,7 +416,7 @@ class Roles:
             ValueError: the snapshot is of another model.
         """
         if snapshot is None:
-            with self._playing(None), self._without_adapters():
+            with self._playing(None), self._without_adapters(), self._with(self._intact):
                 yield self.model
             return
         if snapshot.lora.keys() != self._lora.keys():
@@ -427,15 +460,21 @@ class Roles:
                     self._others[name] = torch.empty_like(parameter.detach())
                 self._others[name].copy_(snapshot.lora[name], non_blocking=True)
             self._worn = snapshot
-        own = {name: parameter.data for name, parameter in self._lora.items()}
+        with self._with(self._others):
+            yield
+
+    @contextmanager
+    def _with(self, others: Mapping[str, Tensor]) -> Iterator[None]:
+        """Give parameters this memory for a while."""
+        own = {name: self._lora[name].data for name in others}
         try:
-            for name, parameter in self._lora.items():
-                parameter.data = self._others[name]
+            for name, other in others.items():
+                self._lora[name].data = other
             torch.clear_autocast_cache()  # which knows a weight by its parameter
             yield
         finally:
-            for name, parameter in self._lora.items():
-                parameter.data = own[name]
+            for name, x in own.items():
+                self._lora[name].data = x
             torch.clear_autocast_cache()
 
     @contextmanager

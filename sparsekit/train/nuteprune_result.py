@@ -16,7 +16,7 @@ from sparsekit.shorten import silence_
 from sparsekit.snapshot import Snapshot
 from sparsekit.surgery import apply_
 from sparsekit.targets import weight_NK
-from sparsekit.train.adapters import add_lora, as_side_, lora_parameters, merge_
+from sparsekit.train.adapters import add_lora, as_side_, merge_
 from sparsekit.train.gates import Gates, Masks
 from sparsekit.train.nuteprune_config import NutePruneConfig
 from sparsekit.train.nuteprune_student import Member
@@ -122,8 +122,9 @@ class Family(Mapping[float, tuple[Plan, nn.Module]]):
         member, model = self._members[sparsity], copy.deepcopy(self._dense).to(self._device)
         adapted = add_lora(model, self._args)
         with torch.no_grad():
-            for name, parameter in lora_parameters(adapted).items():
-                parameter.copy_(member.lora[name])
+            parameters = dict(adapted.named_parameters(remove_duplicate=False))
+            for name, value in member.lora.items():
+                parameters[name].copy_(value)
         plan = self.plan(sparsity)
         model = settle_(adapted, self._args, self._gates, member.projected.masks, plan, self._batch)
         return plan, apply_(model, plan).eval()

@@ -1,12 +1,9 @@
-"""Where gates and LoRA start from: what a one-shot method would leave of the student, and its repair as LoRA.
+"""Where gates and LoRA start from: what a one-shot method would leave of the student.
 
 A one-shot method picks units in minutes that gates take thousands of steps to find, and refits the layers that read
-them, so that the model goes on nearly as it did. The weights here must stay those of the teachers; so the change D of a
-reader is put into the LoRA of that reader, as well as its rank r allows: of all B A of rank r,
-
-    B A = U U^T D,    U: the r first eigenvectors of sum y y^T,   y = D x
-
-comes nearest to D on the inputs x that the reader has in the pruned student (reduced-rank regression).
+them, so that the model goes on nearly as it did. The student has these refitted readers from then on, and its teachers
+those that they had: of readers, a third of the weights of the blocks, there are two sets (see `Roles.repair_`). All
+other weights are one.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,17 +17,15 @@ from torch import Tensor, nn
 from sparsekit.archs import Width
 from sparsekit.benchmarking.latency_table import LatencyTable
 from sparsekit.calibration import load_samples
-from sparsekit.calibration.quiet import as_in_inference
 from sparsekit.calibration.samples import Batch
 from sparsekit.methods import METHODS
 from sparsekit.methods.structured.base import WidthMethod
-from sparsekit.methods.structured.inputs import run
 from sparsekit.methods.structured.slicegpt import Stream, deaden_, principal_directions, rotate_
 from sparsekit.prune import prune_
 from sparsekit.registry import unknown
 from sparsekit.snapshot import put_back_afterwards, restored_on_failure
 from sparsekit.targets import set_weight_NK_, weight_NK
-from sparsekit.train.adapters import factors_of, set_factors_, without_adapters
+from sparsekit.train.adapters import factors_of, without_adapters
 from sparsekit.train.gates import Masks
 from sparsekit.train.trainer import from_first_rank
 from sparsekit.width_solver import times_known
@@ -46,12 +41,12 @@ class Start:
 
     Attributes:
         masks: name of the width -> bool [num_units], on the CPU.
-        factors: name of a layer -> B [N, r] and A [r, K], fp32: all that differs from the weights of the model.
+        repaired: name of a reader -> its parameters by name ("weight", "bias"), with the LoRA in them, on the device.
         notes: of its plan.
     """
 
     masks: Masks
-    factors: dict[str, tuple[Tensor, Tensor]]
+    repaired: dict[str, dict[str, Tensor]]
     notes: list[str]
 
 
@@ -104,7 +99,6 @@ def one_shot(
     changed = {*factors, *readers} | (set() if stream is None else {stream.embedding, stream.head, *stream.linears})
     with without_adapters(adapted) as plain, _as_it_is(plain), put_back_afterwards(plain, sorted(changed)):
         before = {name: weight_NK(plain.get_submodule(name)).detach().clone() for name in readers}
-        biases = _biases(plain, readers)
         _write_student_(plain, factors, widths, masks or {}, stream)
         with times_known(table):
             plan = prune_(
@@ -125,41 +119,19 @@ def one_shot(
         left = {name: torch.ones(size, dtype=torch.bool) for name, size in parts.items()}
         for name, cut in plan.cuts.items():
             left[name][cut.removed] = False
-        change = {}
-        for width in widths:
-            w_NK = weight_NK(plain.get_submodule(width.name)).detach()
-            D = w_NK.float() - before.pop(width.name).float()
-            D[:, width.columns_of((~left[width.name]).nonzero().flatten()).to(D.device)] = 0
-            if stream is not None:
-                D[~left[stream.embedding].to(D.device)] = 0
-            change[width.name] = D
-        own = {name: D for name, D in change.items() if name in factors and float(D.norm()) > 0}
-        written = _outputs(plain, own, batches)
-        notes = plan.notes + _left_out(biases, _biases(plain, readers))
-    found = {name: (B.float(), A.float()) for name, (B, A) in factors.items() if name not in change}
-    for name, D in own.items():
-        found[name] = reduced_rank(D, written.pop(name), factors[name][1].shape[0])
-    return Start(left, found, notes)
-
-
-def reduced_rank(D: Tensor, written: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return B [N, r] and A [r, K], fp32, whose product is nearest to D in what it writes; both are as large.
-
-    Args:
-        D: [N, K].
-        written: sum of y y^T, [N, N], y = D x.
-        rank: r; the rows and columns beyond what D has are 0.
-    """
-    _, U = torch.linalg.eigh(written.double())
-    U = U[:, -rank:].flip(1)
-    rows = U.T @ D.double()
-    root = rows.norm(dim=1).sqrt()
-    A = rows / root.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
-    B = U * root
-    short = rank - U.shape[1]
-    if short > 0:
-        A, B = nn.functional.pad(A, (0, 0, 0, short)), nn.functional.pad(B, (0, short))
-    return B.float(), A.float()
+        with torch.no_grad():  # a gate that opens again finds what was there
+            for width in widths:
+                w_NK = weight_NK(plain.get_submodule(width.name))
+                closed = width.columns_of((~left[width.name]).nonzero().flatten()).to(w_NK.device)
+                w_NK[:, closed] = before.pop(width.name)[:, closed]
+        repaired = {
+            reader: {
+                name: parameter.detach().clone()
+                for name, parameter in plain.get_submodule(reader).named_parameters(recurse=False)
+            }
+            for reader in readers
+        }
+    return Start(left, repaired, plan.notes)
 
 
 def calibration_batches(model: nn.Module, dataset: list[dict[str, Tensor]], seed: int) -> list[Batch]:
@@ -207,42 +179,6 @@ def _write_student_(
         deaden_(plain, stream, int(masks[stream.embedding].sum()))
 
 
-def _outputs(model: nn.Module, change: Mapping[str, Tensor], batches: list[Batch]) -> dict[str, Tensor]:
-    """Return reader -> sum of y y^T, [N, N] fp32, of what its change writes, y = D x."""
-    found = {name: D.new_zeros(len(D), len(D)) for name, D in change.items()}
-
-    def see(name: str, inputs: tuple[Any, ...]) -> None:
-        y = inputs[0].detach().flatten(0, -2).float() @ change[name].T  # outside of autocast
-        found[name].addmm_(y.T, y)
-
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: see(name, args))
-        for name in change
-    ]
-    try:
-        with as_in_inference(model):
-            for batch in batches:
-                run(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
-
-
-def _biases(plain: nn.Module, readers: list[str]) -> dict[str, Tensor]:
-    """Return reader -> copy of its bias, of those that have one."""
-    own = {name: plain.get_submodule(name)._parameters.get("bias") for name in readers}
-    return {name: bias.detach().clone() for name, bias in own.items() if bias is not None}
-
-
-def _left_out(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[str]:
-    """Say which biases a method changed: LoRA has none."""
-    changed = [name for name, bias in before.items() if not torch.equal(bias, after[name])]
-    if not changed:
-        return []
-    return [f"what the start would add to {len(changed)} biases, as of {changed[0]}, is left out: LoRA has none"]
-
-
 @contextmanager
 def _as_it_is(plain: nn.Module) -> Iterator[None]:
     """Run the model without autocast, that which accelerate wraps its forward in, and that around this."""
@@ -255,22 +191,14 @@ def _as_it_is(plain: nn.Module) -> Iterator[None]:
             vars(plain)["forward"] = wrapped
 
 
-def take_up_(adapted: Any, start: Start) -> None:
-    """Give the LoRA its first values; layers that a start says nothing of keep theirs."""
-    for name, (B, A) in start.factors.items():
-        set_factors_(adapted, name, B, A)
-
-
-def same_everywhere(start: Start, device: torch.device) -> Start:
-    """Return the start of the first process, on all: sums may be rounded otherwise elsewhere.
-
-    Args:
-        device: of the processes' communication.
-    """
+def same_everywhere(start: Start) -> Start:
+    """Return the start of the first process, on all: sums may be rounded otherwise elsewhere."""
     if not torch.distributed.is_initialized():
         return start
-    masks = {name: from_first_rank(mask.to(device, torch.uint8)).bool().cpu() for name, mask in start.masks.items()}
-    factors = {
-        name: (from_first_rank(B.to(device)), from_first_rank(A.to(device))) for name, (B, A) in start.factors.items()
+    repaired = {
+        reader: {name: from_first_rank(x) for name, x in parameters.items()}
+        for reader, parameters in start.repaired.items()
     }
-    return Start(masks, factors, start.notes)
+    device = next(iter(next(iter(repaired.values())).values())).device
+    masks = {name: from_first_rank(mask.to(device, torch.uint8)).bool().cpu() for name, mask in start.masks.items()}
+    return Start(masks, repaired, start.notes)

@@ -24,13 +24,14 @@ from sparsekit.archs import Width
 from sparsekit.benchmarking.latency_table import LatencyTable
 from sparsekit.budgets import Budget
 from sparsekit.methods import METHODS
-from sparsekit.train.adapters import add_lora
+from sparsekit.snapshot import restored_on_failure
+from sparsekit.train.adapters import add_lora, reset_
 from sparsekit.train.constraint import AugmentedLagrangian, Constraint, Projected, target_at
 from sparsekit.train.gates import Gates, Masks
 from sparsekit.train.masked import Masked, leaves_of, pass_gradients_
 from sparsekit.train.numerous import Probe, Roles, Snapshot, Snapshots, TeacherSchedule
 from sparsekit.train.nuteprune_config import NutePruneConfig
-from sparsekit.train.nuteprune_start import one_shot, same_everywhere, take_up_
+from sparsekit.train.nuteprune_start import one_shot, same_everywhere
 
 
 @dataclass(frozen=True)
@@ -195,8 +196,14 @@ class Student:
             progress=not args.disable_tqdm,
             table=self.constraint.table,
         )
-        start = same_everywhere(start, self.gates.log_alpha.device)
-        take_up_(self.adapted, start)
+        start = same_everywhere(start)
+        plain = self.adapted.get_base_model()
+        with restored_on_failure(plain) as snapshot:
+            for name in start.repaired:
+                layer = plain.get_submodule(name)
+                snapshot.remember(name, layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer)
+        self.roles.repair_(start.repaired)
+        reset_(self.adapted, start.repaired)
         self.gates.start_from_(start.masks)
         self.projected, self.num_begun = None, self.num_begun + 1
         if self.num_begun < len(self._stages) or step >= self.freeze_step:
@@ -297,6 +304,11 @@ class Student:
         projected = replace(projected, notes=[*projected.notes, *notes])
         self.members.append(Member(sparsity, projected, self._lora()))
 
+    def intact(self) -> dict[str, Tensor]:
+        """Return what the dense model has where the student has its own, by names of the plain model; on the CPU."""
+        own = {name.removeprefix("base_model.model."): x for name, x in self.roles.intact().items()}
+        return {name.replace(".base_layer.", "."): x.to("cpu", copy=True) for name, x in own.items()}
+
     def _lora(self) -> dict[str, Tensor]:
         return {name: value.to("cpu", copy=True) for name, value in self.roles.lora().items()}
 
@@ -352,8 +364,7 @@ class Student:
     def load(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """Go on from what `tensors` and `numbers` gave; the schedule is loaded apart, once it is made."""
         lora = _under("lora", tensors)
-        for name, value in self.roles.lora().items():
-            value.copy_(lora[name])
+        self.roles.load(lora)
         if self.gates is not None and self.lagrangian is not None:
             self.gates.load_state_dict(_under("gates", tensors))
             self.lagrangian.load_state_dict(_under("lagrangian", tensors))

@@ -317,7 +317,7 @@ class NutePruneTrainer(SparseTrainer):
             snapshot.remember(name, layer)
             if members:
                 whole.remember(name, layer)
-        originals = whole.originals()
+        originals = whole.originals() | (student.intact() if members else {})
         dense = {name: x for name, x in originals.items() if name.rpartition(".")[0] in changing}
         student.masked.remove()
         masks = {} if student.projected is None else student.projected.masks
