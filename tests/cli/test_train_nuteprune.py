@@ -127,7 +127,7 @@ def test_options_on_the_budget():
     [
         ([], "--tokens"),
         (["--steps", 4, "--sparsity", "20%", "--speedup", 1.5], "--sparsity and --speedup: two budgets"),
-        (["--steps", 4, "--sparsity", "20%", "--keep", "30%"], "kept on the way to sparsity=0.2"),
+        (["--steps", 4, "--sparsity", "20%", "--keep", "30%"], "these are on the way to sparsity=0.2"),
         (["--steps", 4, "--keep", "much"], "sparsity='much' is no budget"),
         (["--steps", 4, "--teachers", "papr"], "Did you mean 'paper'"),
         (["--steps", 4, "--hidden"], "lm_head shares its weight"),

@@ -22,8 +22,19 @@ def test_defaults_and_names():
     assert not make(sparsity=0).prunes
 
 
+def test_where_it_starts_and_what_follows_from_that():
+    config = make(sparsity=0.5, keep=[0.2], stages="40%")
+    assert (config.start, config.sparsity_warmup, config.frozen_share) == ("contribution", 0.0, 1.0)
+    assert config.is_one_shot and config.stage_starts(10) == [(0, 0.2), (3, 0.4), (6, None)]
+    for config in (make(start="open"), make(layers=True)):
+        assert (config.start, config.sparsity_warmup, config.frozen_share) == ("open", 0.3, 0.2)
+        assert not config.is_one_shot and config.stage_starts(10) == []
+    assert make(hidden=True).start == "contribution"
+    assert NutePruneConfig.paper(use_cpu=True).start == "open" and not make(sparsity=0).is_one_shot
+
+
 def test_fields_go_through_json_and_back():
-    config = make(sparsity=0.4, keep=["10%", 0.2, 0.1], lora_targets="q_proj", lora_alpha=8, max_steps=7)
+    config = make(sparsity=0.4, keep=["10%", 0.2, 0.1], stages=[0.3], lora_targets="q_proj", lora_alpha=8, max_steps=7)
     fields = json.loads(json.dumps(config.own_fields()))
     del fields["lr_scheduler_type"]
     assert fields["keep"] == [0.1, 0.2] and fields["lora_targets"] == ["q_proj"]
@@ -74,7 +85,7 @@ def test_the_published_recipe():
         ({"teachers": "none"}, "teachers='none' and ce_weight=0: there is nothing to learn from"),
         ({"kd_weight": 0}, "are all 0: there is nothing to learn from"),
         ({"keep": [0.2, 0.6]}, r"keep=\[0.2, 0.6\]: these are on the way to sparsity=0.5"),
-        ({"keep": [0.5]}, "kept on the way to sparsity=0.5"),
+        ({"keep": [0.5]}, "these are on the way to sparsity=0.5"),
         ({"keep": ["x"]}, "sparsity='x' is no budget"),
         ({"keep": [0.1], "constraints": {"speedup": 1.5}}, r"keep=\[0.1\] goes with a sparsity"),
         ({"hidden": True, "constraints": {"latency_ms": 3}}, "hidden=True and .*latency_ms.* heads and channels only"),
