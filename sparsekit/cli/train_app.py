@@ -156,7 +156,9 @@ def train_nuteprune(
     speedup: Annotated[float | None, typer.Option(help="Measured speed-up, in place of --sparsity.")] = None,
     latency_ms: Annotated[float | None, typer.Option(help="Milliseconds measured, in place of --sparsity.")] = None,
     uniform: Annotated[bool, typer.Option(help="As many units in each layer: a plain checkpoint.")] = False,
-    hidden: Annotated[bool, typer.Option(help="Hidden dimensions may go, too.")] = False,
+    hidden: Annotated[
+        bool | None, typer.Option(help="Hidden dimensions may go, too. [where that costs nothing else]")
+    ] = None,
     layers: Annotated[bool, typer.Option(help="Whole layers may go, too.")] = False,
     round_to: Annotated[int, typer.Option(help="What is left of each dimension is a multiple of this.")] = 1,
     teachers: Annotated[str, typer.Option(help="nearest, paper, intact or none.")] = "nearest",

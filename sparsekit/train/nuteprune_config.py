@@ -44,7 +44,8 @@ class NutePruneConfig(SparseTrainingArguments):
             steps; at the end of each the student becomes a teacher, and the method chooses anew what goes.
         num_calibration_samples: samples of the training data for the one-shot method.
         gates: "hard_concrete" draws in each step; "deterministic" takes the same soft gates without noise.
-        hidden: whether dimensions of the residual stream have gates, too.
+        hidden: whether dimensions of the residual stream may go, too. None: with start="contribution" and where the
+            model has RMSNorms and a head with a weight of its own, or a small one (see `Contribution.hidden`).
         untie: give a head that shares the embedding's weight its own, for `hidden`.
         layers: whether blocks as a whole have gates, too.
         uniform: leave as many units in each layer, so that a plain config of transformers describes the result.
@@ -94,7 +95,7 @@ class NutePruneConfig(SparseTrainingArguments):
     stages: Any = ()
     num_calibration_samples: int = 128
     gates: str = "hard_concrete"
-    hidden: bool = False
+    hidden: bool | None = None
     untie: bool = False
     layers: bool = False
     uniform: bool = False
@@ -207,6 +208,10 @@ class NutePruneConfig(SparseTrainingArguments):
             self.start = OPEN_GATES if self.layers else "contribution"
         check_start(self.start)
         is_open = self.start == OPEN_GATES
+        if self.hidden is None and (self.start != "contribution" or not self.prunes or not self.merge_lora):
+            self.hidden = False
+        if self.hidden is None and Budget.parse(self.budget).measure == "ns":
+            self.hidden = False
         if self.sparsity_warmup is None:
             self.sparsity_warmup = 0.3 if is_open else 0.0
         if self.frozen_share is None:

@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
 from sparsekit.archs import Width, find_widths, vocabulary_size
+from sparsekit.budgets import Budget
 from sparsekit.errors import CheckpointError, Unsupported
 from sparsekit.files import replace_file
 from sparsekit.methods.structured.slicegpt import Stream, is_tied, untie_
@@ -28,7 +29,7 @@ from sparsekit.prune import installed_versions
 from sparsekit.prune_structured import left_whole_notes, targeted_widths
 from sparsekit.snapshot import Snapshot, restored_on_failure
 from sparsekit.targets import find_targets, show_entries
-from sparsekit.thin_stream import left_out_layer
+from sparsekit.thin_stream import Thinner, left_out_layer
 from sparsekit.train.adapters import check_takes_lora
 from sparsekit.train.data import collate
 from sparsekit.train.distill import TeacherOutput
@@ -79,7 +80,10 @@ class NutePruneTrainer(SparseTrainer):
         check_takes_lora(model)
         layers = find_targets(model, args.targets, args.ignore)
         self._widths: list[Width] = targeted_widths(find_widths(model), layers) if args.prunes else []
-        if args.hidden and args.prunes:
+        if args.hidden is None:
+            args.hidden = Thinner.refusal(model, layers, None, Budget.parse(args.budget).measure) is None
+            args.untie = args.hidden
+        elif args.hidden and args.prunes:
             stream = Stream.of(model)
             if left_out := left_out_layer(stream, layers):
                 raise ValueError(
