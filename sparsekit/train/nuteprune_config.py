@@ -114,7 +114,7 @@ class NutePruneConfig(SparseTrainingArguments):
     lora_targets: Any = ALL_LINEAR
     kd_weight: float = 1.0
     ce_weight: float = 0.0
-    hidden_weight: float = 0.0
+    hidden_weight: float = 1.0
     hidden_loss: str = "relative"
     temperature: float = 1.0
     kd_kind: str = "forward_kl"
@@ -346,6 +346,7 @@ class NutePruneConfig(SparseTrainingArguments):
             "teachers": "none",
             "kd_weight": 0.0,
             "ce_weight": 1.0,
+            "hidden_weight": 0.0,
             "learning_rate": 1e-4,
             "lora_rank": 8,
         }

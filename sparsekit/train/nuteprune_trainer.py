@@ -268,9 +268,9 @@ class NutePruneTrainer(SparseTrainer):
     def _refuse_divergence(self, loss: float) -> None:
         """Stop where the student knows less than if it knew nothing. That a loss rises with the sparsity is no sign."""
         args, vocabulary = self.args, vocabulary_size(self.accelerator.unwrap_model(self.model))
-        if args.hidden_weight or args.kd_reduction != "tokens" or vocabulary is None:
+        if args.hidden_loss == "paper" or args.kd_reduction != "tokens" or vocabulary is None:
             return
-        nothing = math.log(vocabulary) * (args.kd_weight * args.temperature**2 + args.ce_weight)
+        nothing = math.log(vocabulary) * (args.kd_weight * args.temperature**2 + args.ce_weight) + args.hidden_weight
         if loss > 2 * nothing:
             raise TrainingDiverged(
                 f"the loss is {loss:.3g} at step {self.state.global_step + 1}, and would be {nothing:.3g} at most if "

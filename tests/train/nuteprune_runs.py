@@ -40,7 +40,14 @@ def config(folder, **changes):
     """Gates that get there in a few steps."""
     short = {"max_steps": 10, "per_device_train_batch_size": 4, "save_strategy": "no", "logging_steps": 1}
     short |= {"sparsity": 0.4, "gate_learning_rate": 2.0, "multiplier_learning_rate": 2.0, "learning_rate": 5e-3}
-    short |= {"start": "open", "sparsity_warmup": 0.3, "frozen_share": 0.3, "teacher_steps": 2, "lora_rank": 2}
+    short |= {
+        "start": "open",
+        "hidden_weight": 0.0,
+        "sparsity_warmup": 0.3,
+        "frozen_share": 0.3,
+        "teacher_steps": 2,
+        "lora_rank": 2,
+    }
     short |= {"output_dir": str(folder), "use_cpu": True, "disable_tqdm": True}
     return NutePruneConfig(**{**short, **changes})
 
