@@ -9,8 +9,9 @@ autocast, and a learning rate that falls to 0 from 3e-3, or from what `TRAINED` 
 One-shot rows take 128 chunks and train on nothing.
 
 What is judged is the sliced model: perplexity on the validation split, and how often the likeliest next token is the
-right one on the first 65,536 tokens of it; for wikilm also perplexity on the test split, which nothing was chosen on. A row that is in FILE already
-is not repeated, so a long table can be made in pieces, and by several processes; `--table` prints that of the file.
+right one on the first 65,536 tokens of it; for wikilm also perplexity on the test split, which nothing was chosen on.
+A row that is in FILE already is not repeated, so a long table can be made in pieces, and by several processes;
+`--table` prints that of the file.
 """
 
 import argparse
