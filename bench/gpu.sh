@@ -11,6 +11,7 @@
 #                   kernels/sparsekit_kernels/configs/<gpu>.json, to be committed; without arguments only if none is there
 #         bench     decode and prefill tables, torch.compile, a whole model, a training step, sliced models
 #     bash bench/gpu.sh --dry-run           the same on the CPU, small, with stand-ins: to find slips beforehand
+#     bash bench/gpu.sh nuteprune           NutePrune's table of quality, on the model of the checkout's demo; a call of its own
 # Single stages have names too: probe correct sanitize pytest tune decode prefill compile e2e train structured.
 # Rows are appended to ${OUT:-bench/results}/<gpu>.jsonl as they come; docs/gpu.md is made of them by bench/gpu_report.py.
 # The stages of one call share a cache of measurements: what `tune` finds is what the packed layers of those after it
@@ -33,13 +34,13 @@ for word in "$@"; do
         all) stages+=("${all[@]}") ;;
         check) stages+=(probe correct pytest sanitize) ;;
         bench) stages+=(decode prefill e2e compile train structured) ;;
-        probe | correct | sanitize | pytest | tune | decode | prefill | compile | e2e | train | structured) stages+=("$word") ;;
+        probe | correct | sanitize | pytest | tune | decode | prefill | compile | e2e | train | structured | nuteprune) stages+=("$word") ;;
         *) echo "unknown: $word" >&2 && exit 2 ;;
     esac
 done
 ((${#stages[@]})) || stages=("${all[@]}")
 ((${#stages[@]} > 1)) && short=(--short) # of tuning: by itself it may take all the time there is
-declare -A weight=([probe]=75 [correct]=85 [pytest]=90 [tune]=110 [decode]=100 [prefill]=70 [compile]=45 [e2e]=75 [train]=45 [structured]=60 [sanitize]=40)
+declare -A weight=([probe]=75 [correct]=85 [pytest]=90 [tune]=110 [decode]=100 [prefill]=70 [compile]=45 [e2e]=75 [train]=45 [structured]=60 [nuteprune]=400 [sanitize]=40)
 
 left_weight=0
 for stage in "${stages[@]}"; do ((left_weight += weight[$stage])); done
@@ -72,6 +73,11 @@ run() {
             [ -n "${OUT:-}" ] && sliced+=(--json "$OUT/structured_latency.jsonl")
             ((${#dry[@]})) && [ -z "${OUT:-}" ] && sliced+=(--json /dev/null)
             timeout "$share" "$python" bench/structured_latency.py --data demo --method magnitude "${sliced[@]}"
+            ;;
+        nuteprune)
+            local rows="${OUT:-bench/results}/nuteprune_quality.jsonl" runs=(--seeds 0,1,2)
+            ((${#dry[@]})) && rows="$(mktemp)" && runs=(--methods "ours|paper" --sparsities 0.5 --steps 2)
+            timeout "$share" "$python" bench/nuteprune_quality.py --data demo --json "$rows" --cases wikilm "${runs[@]}"
             ;;
         sanitize)
             if ((${#dry[@]})); then

@@ -94,7 +94,8 @@ class Bench:
         for path in (folder, train, *(text_in(root, file) for file in splits.values())):
             if not path.exists():
                 raise FileNotFoundError(f"{case.model} needs {path}, which is not there")
-        self.case, self.dense, self.ids = case, load_model(folder), load_ids(train, folder)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.case, self.dense, self.ids = case, load_model(folder).to(device), load_ids(train, folder)
         self.judged = {split: load_ids(text_in(root, file), folder) for split, file in splits.items()}
         self.costs = costs(self.dense, case.chunk)
 
@@ -148,8 +149,8 @@ def accuracy(model: Any, ids: Tensor, length: int) -> float:
     """Return how often the likeliest next token is the right one, over chunks of a text."""
     right = num = 0
     for batch in ids[: len(ids) // length * length].view(-1, length).split(16):
-        said = model(input_ids=batch, use_cache=False).logits[:, :-1].argmax(-1)
-        right += int((said == batch[:, 1:]).sum())
+        said = model(input_ids=batch.to(model.device), use_cache=False).logits[:, :-1].argmax(-1)
+        right += int((said.cpu() == batch[:, 1:]).sum())
         num += batch[:, 1:].numel()
     return right / num
 
