@@ -152,7 +152,7 @@ def turned_(model: nn.Module, Q: Tensor | None, batches: list[Batch]) -> Tensor:
     if Q is None:
         Q = principal_directions(model, stream, batches)
         device = model.get_submodule(stream.embedding).get_parameter("weight").device
-        Q = from_first_rank(Q.to(device)).cpu()
+        Q = from_first_rank(Q.to(device)).cpu().contiguous()  # as it comes back from a checkpoint
     with restored_on_failure(model) as snapshot:
         rotate_(model, stream, Q, snapshot)
     return Q

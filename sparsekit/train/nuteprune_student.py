@@ -177,7 +177,7 @@ class Student:
             self.freeze_(num_done)
 
     def _begin_stage_(self, step: int) -> None:
-        """Take out what a one-shot method would, its repair as LoRA; and settle that, unless gates are to learn."""
+        """Take out what a one-shot method would, with its repair; and settle that, unless gates are to learn."""
         assert self.gates is not None and self.constraint is not None and self.schedule is not None
         args, sparsity = self.args, self._stages[self.num_begun][1]
         if self.projected is not None:
@@ -197,11 +197,7 @@ class Student:
             table=self.constraint.table,
         )
         start = same_everywhere(start)
-        plain = self.adapted.get_base_model()
-        with restored_on_failure(plain) as snapshot:
-            for name in start.repaired:
-                layer = plain.get_submodule(name)
-                snapshot.remember(name, layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer)
+        self._remember_readers()
         self.roles.repair_(start.repaired)
         reset_(self.adapted, start.repaired)
         self.gates.start_from_(start.masks)
@@ -212,6 +208,14 @@ class Student:
             self.target = self.expected = self.projected.sparsity
         if self.num_begun == len(self._stages):
             self.schedule.reach(step)
+
+    def _remember_readers(self) -> None:
+        """Let who undoes a failed training know what the readers were."""
+        plain = self.adapted.get_base_model()
+        with restored_on_failure(plain) as snapshot:
+            for width in self._widths:
+                layer = plain.get_submodule(width.name)
+                snapshot.remember(width.name, layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer)
 
     def _leave_stage(self, sparsity: float | None) -> None:
         """Keep the student as it is at the end of a stage: for the family, and as a teacher of what follows."""
@@ -364,6 +368,7 @@ class Student:
     def load(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """Go on from what `tensors` and `numbers` gave; the schedule is loaded apart, once it is made."""
         lora = _under("lora", tensors)
+        self._remember_readers()
         self.roles.load(lora)
         if self.gates is not None and self.lagrangian is not None:
             self.gates.load_state_dict(_under("gates", tensors))

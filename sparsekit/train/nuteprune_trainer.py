@@ -136,14 +136,18 @@ class NutePruneTrainer(SparseTrainer):
         samples = self.train_samples
         if samples is None:
             raise ValueError("train_dataset is missing: training needs data")
+        saved: dict[str, Tensor] = {}
+        if checkpoint is not None:
+            if not (Path(checkpoint) / STATE_FILE).is_file():
+                raise CheckpointError(f"{checkpoint} holds no {STATE_FILE}: resume from another checkpoint")
+            saved = load_file(Path(checkpoint) / STATE_FILE)
         folder = None
         if args.snapshots_on_disk:
             folder = Path(args.output_dir or ".") / "snapshots" / str(args.process_index)
         inputs = self.calibration_inputs(args.num_calibration_samples)
         turned: Tensor | None = None
         if args.hidden and args.is_one_shot:
-            saved = None if checkpoint is None else load_file(Path(checkpoint) / STATE_FILE)["turned"]
-            turned = turned_(model, saved, calibration_batches(model, inputs, args.seed))
+            turned = turned_(model, saved.get("turned"), calibration_batches(model, inputs, args.seed))
         self._student = Student(
             model,
             args,
@@ -157,9 +161,7 @@ class NutePruneTrainer(SparseTrainer):
         )
         self._teacher = Teacher(model, freezes=False)
         if checkpoint is not None:
-            if not (Path(checkpoint) / STATE_FILE).is_file():
-                raise CheckpointError(f"{checkpoint} holds no {STATE_FILE}: resume from another checkpoint")
-            self._student.load(load_file(Path(checkpoint) / STATE_FILE), own_state_of(checkpoint))
+            self._student.load(saved, own_state_of(checkpoint))
 
     def _probe(self) -> dict[str, Tensor]:
         """Return a batch of training samples without labels, the same on all processes."""
