@@ -37,7 +37,7 @@ class NutePruneConfig(SparseTrainingArguments):
             {"speedup": 1.5}; in the last two, measured milliseconds are what gates count.
         length: tokens of a sequence, for budgets in FLOPs or time; None for the mean of the training data.
         batch: sequences in a batch, for budgets in time.
-        start: where gates and LoRA begin: at what a one-shot method leaves, as "contribution", its repair as LoRA; or
+        start: where the student begins: as what a one-shot method leaves, "contribution", with its repair; or
             "open", with all units there and a target that rises, as published. None is "contribution", and "open"
             where layers have gates, too.
         stages: of a one-shot start: smaller sparsities to halt at on the way, beside those of `keep`. All have as many

@@ -1,9 +1,9 @@
 """What NutePrune puts on a model to prune it: gates with their constraint, LoRA, masks, and the teachers on the way.
 
-The model's own weights stay as they are all the while. A step goes
+The model's own weights stay as they are all the while, but for those that a one-shot start repairs. A step goes
 
-    begin_step    where a stage begins, take out what a one-shot method would; choose the teacher; draw the gates, once
-                  for all micro-batches of the step
+    begin_step    where a stage begins, take out what a one-shot method would, with its repair; choose the teacher; draw
+                  the gates, once for all micro-batches of the step
     (forward and backward passes: the gradients of the masks gather in leaves of their own)
     pull_         average those over processes, take them on to the gates, and add the constraint's; look for marks
     (the optimizer's step)

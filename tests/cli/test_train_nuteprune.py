@@ -52,7 +52,9 @@ def test_a_family_is_judged_timed_and_drawn(family):
     assert [row["sparsity"] for row in rows] == pytest.approx([0, 0.2, 0.4], abs=0.02)
     assert all(row["perplexity"] > 0 and row["prefill ms"] > 0 and row["decode ms"] > 0 for row in rows)
     assert json.loads((out / "family.json").read_text()) == rows
-    assert "40% of the blocks to go; 20% kept on the way" in printed and "step 4/4" in printed
+    said = " ".join(printed.split())
+    assert "40% of the blocks to go; 20% kept on the way; contribution chooses what goes at steps 0, 2" in said
+    assert "step 4/4" in printed
     for name in ("training.png", "family.png"):
         assert (out / name).read_bytes()[:4] == b"\x89PNG"
 
@@ -130,6 +132,9 @@ def test_options_on_the_budget():
         (["--steps", 4, "--sparsity", "20%", "--keep", "30%"], "these are on the way to sparsity=0.2"),
         (["--steps", 4, "--keep", "much"], "sparsity='much' is no budget"),
         (["--steps", 4, "--teachers", "papr"], "Did you mean 'paper'"),
+        (["--steps", 4, "--start", "opne"], "Did you mean 'open'"),
+        (["--steps", 4, "--start", "open", "--stages", "20%"], "is for a one-shot start"),
+        (["--steps", 2, "--stages", "10%", "--stages", "20%"], "make 3 stages, and there are 2 steps"),
         (["--steps", 4, "--hidden"], "lm_head shares its weight"),
         (["--steps", 4, "--paper"], "lm_head shares its weight"),
         (["--steps", 4, "--hidden", "--no-merge-lora"], "hidden=True and merge_lora=False"),

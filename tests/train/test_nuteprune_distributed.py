@@ -29,6 +29,7 @@ RUNS = {
         "per_device_train_batch_size": 1,
         "gradient_checkpointing": True,
     },
+    "one-shot, two stages, gates that learn": {"start": "contribution", "keep": [0.2], "frozen_share": 0.25, "seed": 0},
 }
 TIMED = {"sparsity": 0.5, "constraints": {"speedup": 1.4}}
 
