@@ -1,8 +1,10 @@
 """The commands below `sparsekit train` and their options."""
 
-from typing import Annotated
+import re
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from sparsekit.cli.options import Backend, Debug, Device, Dtype, Ignore, JsonPath, Targets
 
@@ -16,6 +18,8 @@ train_app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
+
+_SHARE = re.compile(r"\d+(\.\d+)?%|0?\.\d+")
 
 FIELDS = {
     "steps": "max_steps",
@@ -129,7 +133,22 @@ def train_ast(
         run_train_ast(options, output)
 
 
-@train_app.command("nuteprune")
+class _SeveralShares(TyperCommand):
+    """Takes `--keep 10% 20% 50%` for `--keep 10% --keep 20% --keep 50%`, and so for `--stages`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        spread: list[str] = []
+        option = ""
+        for word in args:
+            if not _SHARE.fullmatch(word):
+                option = word if word in ("--keep", "--stages") else ""
+            elif option and spread[-1] != option:
+                spread.append(option)
+            spread.append(word)
+        return super().parse_args(ctx, spread)
+
+
+@train_app.command("nuteprune", cls=_SeveralShares)
 def train_nuteprune(
     context: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub name of a trained causal model.")],
@@ -143,7 +162,7 @@ def train_nuteprune(
     ] = None,
     keep: Annotated[
         list[str] | None,
-        typer.Option(help="A sparsity to keep on the way, as 10%; give it several times for a family of models."),
+        typer.Option(help="Sparsities to keep on the way, as 10% 20%: a family of models from one run."),
     ] = None,
     start: Annotated[
         str | None,
@@ -151,7 +170,7 @@ def train_nuteprune(
     ] = None,
     stages: Annotated[
         list[str] | None,
-        typer.Option(help="A sparsity to halt at on the way, as 30%; the model there teaches the next."),
+        typer.Option(help="Sparsities to halt at on the way, as 30%; the model there may teach the next."),
     ] = None,
     speedup: Annotated[float | None, typer.Option(help="Measured speed-up, in place of --sparsity.")] = None,
     latency_ms: Annotated[float | None, typer.Option(help="Milliseconds measured, in place of --sparsity.")] = None,

@@ -78,6 +78,8 @@ class NutePruneTrainer(SparseTrainer):
         **kwargs: Any,
     ) -> None:
         check_takes_lora(model)
+        if args.max_steps > 0:
+            args.stage_starts(args.max_steps)
         layers = find_targets(model, args.targets, args.ignore)
         self._widths: list[Width] = targeted_widths(find_widths(model), layers) if args.prunes else []
         if args.hidden is None:

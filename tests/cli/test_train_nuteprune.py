@@ -36,7 +36,7 @@ def family(tiny_model, text, few, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("family")
     words = [tiny_model, folder / "out", "--dataset", text, "--eval-dataset", few, "--steps", 4, *SMALL]
-    words += ["--json", folder / "report.json", "--keep", "20%", "--keep", "40%", "--dtype", "fp32"]
+    words += ["--json", folder / "report.json", "--keep", "20%", "40%", "--dtype", "fp32"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "SHORT_SECONDS", 0.0)
         result = run("train", "nuteprune", *words)
