@@ -14,6 +14,7 @@ from sparsekit.methods.structured.contribution import Contribution
 from sparsekit.train import constraint as constraint_module
 from sparsekit.train import nuteprune_start
 from sparsekit.train.adapters import add_lora, factors_of
+from sparsekit.train.gates import Gates
 from sparsekit.train.nuteprune_start import one_shot
 from sparsekit.train.nuteprune_student import Student
 from sparsekit.train.nuteprune_trainer import NutePruneTrainer, family
@@ -257,6 +258,14 @@ def test_hidden_dimensions_go(tmp_path, monkeypatch):
     assert far(logits_of(model), masked) <= 1e-5
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_hidden_dimensions_go_by_themselves_where_that_costs_nothing_else(tmp_path, tied):
+    model = thin_llama(tie_word_embeddings=tied)
+    plan = run(model, tmp_path, hidden=None, max_steps=1).plan()
+    assert ("model.embed_tokens" in plan.cuts) != tied
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+
+
 def test_a_budget_in_time_is_measured_once(tmp_path, monkeypatch):
     """The method goes by the table of the constraint."""
     calls = []
@@ -271,6 +280,20 @@ def test_a_budget_in_time_is_measured_once(tmp_path, monkeypatch):
     trainer = run(llama(), tmp_path, sparsity=0.5, constraints={"speedup": 1.5})
     assert calls == [12] and trainer.plan().cuts
     assert 1 - 1 / 1.5 <= trainer.state.log_history[0]["real_sparsity"] <= 1 - 1 / 1.52
+
+
+@pytest.mark.parametrize("stochastic,closed", [(True, 0.083), (False, 0.047)])
+def test_gates_that_start_from_masks_are_free_to_change(stochastic, closed):
+    gates = Gates.of(llama(), ("heads", "channels", "layers"), stochastic=stochastic)
+    name = "model.layers.1.mlp.down_proj"
+    mask = torch.arange(203) % 3 > 0
+    gates.excess += 1
+    gates.start_from_({name: mask})
+    chances = gates.p_open()
+    assert not gates.excess.any()
+    assert chances[name][~mask].unique().tolist() == pytest.approx([closed], abs=1e-3)
+    others = torch.cat([chances[name][mask], *(each for other, each in chances.items() if other != name)])
+    assert others.min() > 0.95
 
 
 @pytest.mark.parametrize("gates", ["hard_concrete", "deterministic"])
