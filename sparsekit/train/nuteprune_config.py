@@ -177,8 +177,6 @@ class NutePruneConfig(SparseTrainingArguments):
             raise ValueError(
                 f"stages={self.stages!r} is for a one-shot start: an open one passes all sparsities anyway"
             )
-        if self.max_steps > 0:
-            self.stage_starts(self.max_steps)
         if self.hidden and measure == "ns":
             raise ValueError(
                 f"hidden=True and {self.constraints!r}: a budget in time knows the cost of heads and channels only"

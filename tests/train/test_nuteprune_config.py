@@ -83,7 +83,7 @@ def test_the_published_recipe():
         ({"lora_targets": []}, r"lora_targets=\[\]: give 'all-linear', or names"),
         ({"lora_targets": 3}, "lora_targets=3: give 'all-linear', or names"),
         ({"teachers": "none"}, "teachers='none' and ce_weight=0: there is nothing to learn from"),
-        ({"kd_weight": 0}, "are all 0: there is nothing to learn from"),
+        ({"kd_weight": 0, "hidden_weight": 0}, "are all 0: there is nothing to learn from"),
         ({"keep": [0.2, 0.6]}, r"keep=\[0.2, 0.6\]: these are on the way to sparsity=0.5"),
         ({"keep": [0.5]}, "these are on the way to sparsity=0.5"),
         ({"keep": ["x"]}, "sparsity='x' is no budget"),

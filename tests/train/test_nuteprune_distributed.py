@@ -58,6 +58,7 @@ def arguments(folder, num_processes, **options):
         "multiplier_learning_rate": 1.0,
         "teacher_steps": 1,
         "lora_rank": 2,
+        "hidden_weight": 0.0,  # relative to the size of the batch at hand, which is another on each process
     }
     short |= {"save_strategy": "steps", "save_steps": SAVED_AT, "logging_steps": 1, "disable_tqdm": True}
     options = {**short, "use_cpu": True, "output_dir": str(folder), **options}
