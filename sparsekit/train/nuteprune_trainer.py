@@ -6,6 +6,7 @@ settled, within the budget exactly. Then LoRA goes into the weights, what is clo
 out. See `nuteprune_student` for the step, and `nuteprune_result` for what comes out.
 """
 
+import copy
 import hashlib
 import math
 from bisect import bisect_right
@@ -83,6 +84,7 @@ class NutePruneTrainer(SparseTrainer):
         layers = find_targets(model, args.targets, args.ignore)
         self._widths: list[Width] = targeted_widths(find_widths(model), layers) if args.prunes else []
         if args.hidden is None:
+            args = copy.copy(args)  # the caller may prune another model by it
             args.hidden = Thinner.refusal(model, layers, None, Budget.parse(args.budget).measure) is None
             args.untie = args.hidden
         elif args.hidden and args.prunes:
