@@ -244,22 +244,3 @@ class Gates(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move to another device, but not to another dtype: a step of the optimizer would be lost in rounding."""
         return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
-
-
-def lean(scores: Mapping[str, Tensor], low: float = 0.0) -> Masks:
-    """Return log-alphas to begin with, by name: those of the worst unit are `low`, of the best half `OPEN`.
-
-    In between they go with the rank among the units of one part, so that scores need not be comparable across parts.
-    Gates that are likely to go then have a shorter way.
-
-    Args:
-        scores: name -> what each unit is worth, [num_units].
-        low: log-alpha of the worst unit.
-    """
-    found = {}
-    for name, values in scores.items():
-        rank = torch.empty(len(values)).index_copy_(
-            0, values.cpu().argsort(stable=True), torch.linspace(0, 1, len(values))
-        )
-        found[name] = low + (OPEN - low) * (2 * rank).clamp_max(1)
-    return found

@@ -56,7 +56,8 @@ class NutePruneConfig(SparseTrainingArguments):
             others.
         ramp: how it rises: "linear", or "cubic", which is fast at first.
         gate_learning_rate: of the gates, constant.
-        multiplier_learning_rate: of the Lagrange multipliers, constant.
+        multiplier_learning_rate: of the Lagrange multipliers, constant. The published 0.1 takes hundreds of steps to
+            move gates.
         teachers: who teaches in a step: "nearest" takes the snapshot, or the intact model, that is measured to be the
             nearest to the student above a distance; "paper" the one that is ten marks of 1 % behind, and back from
             there once the target is reached; "intact" the dense model; "none" the text alone.
@@ -106,7 +107,7 @@ class NutePruneConfig(SparseTrainingArguments):
     sparsity_warmup: Any = None
     ramp: str = "linear"
     gate_learning_rate: float = 0.1
-    multiplier_learning_rate: float = 0.1
+    multiplier_learning_rate: float = 1.0
     teachers: str = "nearest"
     teacher_steps: int = 10
     lora_rank: int = 16
@@ -319,6 +320,7 @@ class NutePruneConfig(SparseTrainingArguments):
             "hidden": True,
             "sparsity_warmup": 4 / 7 if slow else 1 / 7,
             "ramp": "linear",
+            "multiplier_learning_rate": 0.1,
             "teachers": "paper",
             "lora_rank": 8,
             "lora_targets": ["q_proj", "v_proj"],

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sparsekit.interrupt import uninterrupted
 from sparsekit.nn import SideLinear, replace_layer_, side_layers
 from sparsekit.nn.side import without_branch
-from sparsekit.plan import Cut, Plan
+from sparsekit.plan import Plan
 from sparsekit.shorten import silence_
 from sparsekit.snapshot import Snapshot
 from sparsekit.surgery import apply_
@@ -20,27 +20,6 @@ from sparsekit.train.adapters import add_lora, as_side_, merge_
 from sparsekit.train.gates import Gates, Masks
 from sparsekit.train.nuteprune_config import NutePruneConfig
 from sparsekit.train.nuteprune_student import Member
-
-
-def cuts_of(gates: Gates, masks: Masks) -> dict[str, Cut]:
-    """Return what boolean masks leave, as `Plan.cuts`: by the names that parts have once whole layers are gone."""
-    cuts: dict[str, Cut] = {}
-    places: dict[str, str | None] = {}
-    for name, blocks in gates.layers.items():
-        kept = masks[name].nonzero().flatten()
-        if len(kept) < len(blocks):
-            cuts[name] = Cut(kept, len(blocks), "layers")
-        new = {old: f"{name}.{place}" for place, old in enumerate(kept.tolist())}
-        places |= {f"{block}.": new.get(index) for index, block in enumerate(blocks)}
-    for name, kind in gates.kinds.items():
-        if kind == "layers" or bool(masks[name].all()):
-            continue
-        block = next((block for block in places if name.startswith(block)), None)
-        place = "" if block is None else places[block]
-        if place is not None:
-            own = name if block is None else f"{place}.{name.removeprefix(block)}"
-            cuts[own] = Cut(masks[name].nonzero().flatten(), len(masks[name]), kind)
-    return cuts
 
 
 @torch.no_grad()
@@ -137,7 +116,7 @@ class Family(Mapping[float, tuple[Plan, nn.Module]]):
         return Plan(
             made_by=made_by,
             notes=list(dict.fromkeys([*self._plan.notes, *member.projected.notes])),
-            cuts=cuts_of(self._gates, member.projected.masks),
+            cuts=self._gates.cuts(member.projected.masks),
         )
 
 

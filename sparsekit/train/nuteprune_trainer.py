@@ -36,7 +36,7 @@ from sparsekit.train.data import collate
 from sparsekit.train.distill import TeacherOutput
 from sparsekit.train.nuteprune_config import NutePruneConfig
 from sparsekit.train.nuteprune_loss import student_loss
-from sparsekit.train.nuteprune_result import Family, cuts_of, settle_
+from sparsekit.train.nuteprune_result import Family, settle_
 from sparsekit.train.nuteprune_start import calibration_batches, turned_
 from sparsekit.train.nuteprune_student import Member, Student, saved_table
 from sparsekit.train.restore import restored_whole_on_failure
@@ -352,7 +352,7 @@ class NutePruneTrainer(SparseTrainer):
         if student.gates is None or student.projected is None or student.constraint is None:
             return Plan(made_by=made_by, notes=list(self.notes))
         notes = [*self.notes, *student.notes, *student.constraint.notes, *student.projected.notes]
-        cuts = cuts_of(student.gates, student.projected.masks)
+        cuts = student.gates.cuts(student.projected.masks)
         return Plan(made_by=made_by, notes=list(dict.fromkeys(notes)), cuts=cuts)
 
     def plan(self) -> Plan:
