@@ -191,16 +191,21 @@ def _turn_(
     with as_in_inference(model):
         before = first_tensor(run(model, batch)).float()
         rotate_(model, stream, Q, snapshot)
-        error = float((first_tensor(run(model, batch)).float() - before).norm() / before.norm().clamp_min(1e-20))
+        check_same_answers(model, before, first_tensor(run(model, batch)).float())
+    _write_down(model, stream, plan, num_kept)
+    if was_tied:
+        own = num_kept * model.get_submodule(stream.head).get_parameter("weight").shape[0]
+        plan.notes.append(f"{stream.head} no longer shares its weight with {stream.embedding}: {own:,} parameters more")
+
+
+def check_same_answers(model: nn.Module, before: Tensor, after: Tensor) -> None:
+    """Raise Unsupported where the answers changed when the residual stream was turned."""
+    error = float((after - before).norm() / before.norm().clamp_min(1e-20))
     if not error <= _MOST_OF_ROUNDING:
         raise Unsupported(
             f"the answers of {type(model).__name__} changed by {error:.0%} when its residual stream was turned, so it "
             "computes something else than its names suggest: its hidden dimensions cannot be cut"
         )
-    _write_down(model, stream, plan, num_kept)
-    if was_tied:
-        own = num_kept * model.get_submodule(stream.head).get_parameter("weight").shape[0]
-        plan.notes.append(f"{stream.head} no longer shares its weight with {stream.embedding}: {own:,} parameters more")
 
 
 def _write_down(model: nn.Module, stream: Stream, plan: Plan, num_kept: int) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sparsekit.archs import Width, find_widths
 from sparsekit.benchmarking.latency_table import LatencyTable, measure_latency
 from sparsekit.budgets import Allocation, Budget, Costs, allocate, values_of
+from sparsekit.errors import Unsupported
 from sparsekit.methods.structured.allocation import best_units
 from sparsekit.methods.structured.slicegpt import legal_hidden_sizes
 from sparsekit.registry import unknown
@@ -179,7 +180,7 @@ class Constraint:
         if gates.stream is not None:
             sizes = tuple(legal_hidden_sizes(model, gates.stream, round_to))
             if len(sizes) > 1:
-                check_thin(model, gates.stream.embedding, sizes[0])
+                sizes = _possible(model, gates.stream.embedding, sizes)
         most = parsed.limits(cost.costs)[1] + (cost.costs.fixed if cost.whole else 0)
         target = max(1 - most / cost.dense, 0.0)
         constraint = cls(parsed, legal, cost, target, uniform, sizes, tuple(notes), table)
@@ -346,6 +347,24 @@ def _check_table(table: LatencyTable, budget: Budget, widths: Sequence[Width]) -
             f"table= is of another model: {odd[0]} has {table.num_units[odd[0]]} units there, and "
             f"{sizes.get(odd[0], 'none')} here; measure_latency(model, …) makes one of this"
         )
+
+
+def _possible(model: nn.Module, embedding: str, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the hidden sizes that the model's classes can be given.
+
+    Raises:
+        Unsupported: there is none but its own.
+    """
+    refusal, found = None, []
+    for size in sizes[:-1]:
+        try:
+            check_thin(model, embedding, size)
+            found.append(size)
+        except Unsupported as error:
+            refusal = error
+    if refusal is not None and not found:
+        raise Unsupported(f"{refusal}; leave hidden out, hidden=False")
+    return (*found, sizes[-1])
 
 
 @dataclass(frozen=True)

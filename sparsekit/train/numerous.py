@@ -2,7 +2,8 @@
 that it had when it was less sparse.
 
 `Snapshots` keep masks and LoRA of the way, `Roles` puts them on for a forward pass, and `TeacherSchedule` says which
-ones when. A teacher costs its masks and LoRA in memory, and nothing of the weights, of which there is one copy.
+ones when. A teacher costs its masks and LoRA in memory, and of the weights only those layers that the student had
+repaired by then; of all others there is one copy.
 
 "paper" teaches with the snapshot that the student was `lag` marks ago, as long as its sparsity rises; once the target
 is reached, the teacher walks back, mark by mark in equal times, and what is left is taught by the intact model. Where
@@ -17,7 +18,7 @@ distance is at least
 
 and the intact model where there is none. So a teacher that the student has caught up with gives way to a harder one.
 The share rises in a straight line from `floor_share` at the first step to 1, where no snapshot is far enough, and
-stays there for the last `intact_share` of the steps.
+stays there for the last `intact_share` of the steps. Where a run goes in stages, each is such a rise.
 """
 
 import inspect
@@ -59,7 +60,8 @@ class Snapshot:
     Attributes:
         sparsity: expected sparsity when it was taken.
         masks: fp32 on the CPU, as `Masked.masks`.
-        lora: name of the parameter -> its value, on the CPU; empty where no LoRA is trained.
+        lora: name of the parameter -> its value, on the CPU: LoRA, and layers that the student had of its own; empty
+            where there are none.
     """
 
     sparsity: float
@@ -197,6 +199,7 @@ class TeacherSchedule:
         intact_share: of "nearest", of the steps.
     Attributes:
         index: of the teacher that was asked for last; None for the intact model.
+        stage: first step, and the one after the last, over which the share of "nearest" rises; the whole run at first.
     Raises:
         ValueError: an argument is out of range.
     Warns where the target is below what the lag takes, so that "paper" never teaches with a snapshot.
@@ -237,6 +240,7 @@ class TeacherSchedule:
         self.spacing, self.lag, self.interval = spacing, lag, interval
         self.floor, self.floor_share, self.intact_share = floor, floor_share, intact_share
         self.index: int | None = None
+        self.stage = 0, num_steps
         self._passed: list[int] = []  # mark -> its snapshot
         self._walk: tuple[int, int] | None = None  # steps and marks when the walk back began
         self._num_marks = max(math.ceil(target / spacing - _HAIR) - 1, 0)  # all below the target
@@ -328,11 +332,12 @@ class TeacherSchedule:
         return self._passed[mark] if mark >= 0 else None
 
     def _nearest(self, step: int, distances: Callable[[], Distances] | None) -> int | None:
-        rising = (1 - self.intact_share) * self.num_steps
+        first, end = self.stage
+        rising, step = (1 - self.intact_share) * (end - first), step - first
         if step >= rising:
             return None
         if step % self.interval or not len(self.snapshots):
-            return self.index
+            return self.index if step else None
         if distances is None:
             raise ValueError("distances=None: 'nearest' goes by what a Probe measures, pass probe.distances")
         found = distances()

@@ -26,9 +26,10 @@ ALL_LINEAR = "all-linear"
 class NutePruneConfig(SparseTrainingArguments):
     """Arguments of `NutePruneTrainer`; all of `transformers.TrainingArguments` is there as well.
 
-    The weights stay as they are while training lasts. What learns is a gate for each head (under grouped queries a
-    key-value head with its queries) and each channel, and LoRA; the teachers are the same weights with earlier gates
-    and earlier LoRA, or with none. `paper` gives the published recipe.
+    LoRA learns to make up for heads (under grouped queries key-value heads with their queries) and channels that go.
+    What goes is chosen by a one-shot method, which also refits the layers that read them, or by gates that learn, too
+    (see `start`). The teachers are the same model with earlier masks and earlier LoRA, or whole: where a one-shot start
+    has no `stages` and nothing to `keep`, the whole model throughout. `paper` gives the published recipe.
 
     Attributes:
         sparsity: share of the parameters of heads and channels to remove. 0 removes none, and only trains LoRA; see
@@ -172,6 +173,8 @@ class NutePruneConfig(SparseTrainingArguments):
         ):
             if getattr(self, name) not in known:
                 raise ValueError(unknown(name, getattr(self, name), list(known)))
+        if self.is_one_shot and self.frozen_share == 1:
+            self._refuse_what_gates_would_learn()
         self.lora_targets = _names("lora_targets", self.lora_targets)
         self.keep, self.stages = self._on_the_way("keep"), self._on_the_way("stages")
         if self.stages and self.start == OPEN_GATES:
@@ -230,6 +233,14 @@ class NutePruneConfig(SparseTrainingArguments):
                 f"teachers='paper' and start={self.start!r}: those teachers stand every 1 % on the way of gates that "
                 "close; use start='open', or teachers='nearest'"
             )
+
+    def _refuse_what_gates_would_learn(self) -> None:
+        for name, default in (("gates", "hard_concrete"), ("ramp", "linear"), ("sparsity_warmup", 0)):
+            if getattr(self, name) != default:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is for gates that learn, and with start={self.start!r} none do: "
+                    "use start='open', or frozen_share=0.5"
+                )
 
     def _on_the_way(self, name: str) -> list[float]:
         """Return the sparsities of `keep` or `stages`, rising."""
@@ -371,6 +382,11 @@ class NutePruneConfig(SparseTrainingArguments):
         """
         from sparsekit.train.nuteprune_trainer import NutePruneTrainer
 
+        if self.keep:
+            raise ValueError(
+                f"keep={self.keep!r}: here one plan comes back, and the models kept on the way would be lost; use "
+                "NutePruneTrainer and sparsekit.train.family, or stages to halt there only"
+            )
         config = self.for_layers(targets, ignore)
         config.disable_tqdm = config.disable_tqdm or not progress
         trainer = NutePruneTrainer(model, config, dataset, processing_class=tokenizer)

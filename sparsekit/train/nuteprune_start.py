@@ -1,4 +1,4 @@
-"""Where gates and LoRA start from: what a one-shot method would leave of the student.
+"""Where masks and weights start from: what a one-shot method would leave of the student.
 
 A one-shot method picks units in minutes that gates take thousands of steps to find, and refits the layers that read
 them, so that the model goes on nearly as it did. The student has these refitted readers from then on, and its teachers
@@ -17,14 +17,18 @@ from torch import Tensor, nn
 from sparsekit.archs import Width
 from sparsekit.benchmarking.latency_table import LatencyTable
 from sparsekit.calibration import load_samples
+from sparsekit.calibration.quiet import as_in_inference
 from sparsekit.calibration.samples import Batch
 from sparsekit.methods import METHODS
 from sparsekit.methods.structured.base import WidthMethod
+from sparsekit.methods.structured.inputs import run
 from sparsekit.methods.structured.slicegpt import Stream, deaden_, principal_directions, rotate_
+from sparsekit.methods.structured.watch import first_tensor
 from sparsekit.prune import prune_
 from sparsekit.registry import unknown
 from sparsekit.snapshot import put_back_afterwards, restored_on_failure
 from sparsekit.targets import set_weight_NK_, weight_NK
+from sparsekit.thin_stream import check_same_answers
 from sparsekit.train.adapters import factors_of, without_adapters
 from sparsekit.train.gates import Masks
 from sparsekit.train.trainer import from_first_rank
@@ -32,7 +36,8 @@ from sparsekit.width_solver import times_known
 
 OPEN_GATES = "open"
 """In place of a method: all units are there at first, and gates find out which go."""
-BATCH_SIZE = 8
+MOST_AT_A_TIME = 8
+"""Samples in a batch of calibration, or as many as in one of training if that is less."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,7 @@ def one_shot(
     targets: Any,
     ignore: Any,
     seed: int,
+    batch_size: int = MOST_AT_A_TIME,
     progress: bool,
     table: LatencyTable | None = None,
 ) -> Start:
@@ -88,12 +94,12 @@ def one_shot(
         masks: of the student, with what is closed already; None if all is open.
         method: with its budget, which counts from the dense model.
         dataset: samples without labels.
-        targets, ignore, seed, progress: as of `prune_`.
+        targets, ignore, seed, batch_size, progress: as of `prune_`.
         table: times that are known, for a budget in time.
     Raises:
         ValueError, Unsupported: as `prune_` does.
     """
-    batches = calibration_batches(adapted, dataset, seed)
+    batches = calibration_batches(adapted, dataset, seed, batch_size)
     factors = factors_of(adapted)
     readers = [width.name for width in widths]
     changed = {*factors, *readers} | (set() if stream is None else {stream.embedding, stream.head, *stream.linears})
@@ -109,7 +115,7 @@ def one_shot(
                 ignore=ignore,
                 num_calibration_samples=len(dataset),
                 max_seq_length=max(batch["input_ids"].shape[-1] for batch in batches),
-                batch_size=BATCH_SIZE,
+                batch_size=batch_size,
                 seed=seed,
                 progress=progress,
             )
@@ -134,10 +140,10 @@ def one_shot(
     return Start(left, repaired, plan.notes)
 
 
-def calibration_batches(model: nn.Module, dataset: list[dict[str, Tensor]], seed: int) -> list[Batch]:
+def calibration_batches(model: nn.Module, dataset: list[dict[str, Tensor]], seed: int, batch_size: int) -> list[Batch]:
     """Return samples of a training as batches for calibration."""
     longest = max(each["input_ids"].shape[-1] for each in dataset)
-    given: dict[str, Any] = {"num_samples": len(dataset), "max_length": longest, "batch_size": BATCH_SIZE, "seed": seed}
+    given: dict[str, Any] = {"num_samples": len(dataset), "max_length": longest, "batch_size": batch_size, "seed": seed}
     return load_samples(dataset, model, None, **given).batches
 
 
@@ -153,8 +159,10 @@ def turned_(model: nn.Module, Q: Tensor | None, batches: list[Batch]) -> Tensor:
         Q = principal_directions(model, stream, batches)
         device = model.get_submodule(stream.embedding).get_parameter("weight").device
         Q = from_first_rank(Q.to(device)).cpu().contiguous()  # as it comes back from a checkpoint
-    with restored_on_failure(model) as snapshot:
+    with restored_on_failure(model) as snapshot, as_in_inference(model):
+        before = first_tensor(run(model, batches[0])).float()
         rotate_(model, stream, Q, snapshot)
+        check_same_answers(model, before, first_tensor(run(model, batches[0])).float())
     return Q
 
 

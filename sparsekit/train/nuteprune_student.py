@@ -31,7 +31,7 @@ from sparsekit.train.gates import Gates, Masks
 from sparsekit.train.masked import Masked, leaves_of, pass_gradients_
 from sparsekit.train.numerous import Probe, Roles, Snapshot, Snapshots, TeacherSchedule
 from sparsekit.train.nuteprune_config import NutePruneConfig
-from sparsekit.train.nuteprune_start import one_shot, same_everywhere
+from sparsekit.train.nuteprune_start import MOST_AT_A_TIME, one_shot, same_everywhere
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Member:
     Attributes:
         sparsity: as it was asked for.
         projected: what is left.
-        lora: name of the parameter -> its value, on the CPU.
+        lora: name of the parameter -> its value, on the CPU: LoRA, and refitted layers.
     """
 
     sparsity: float
@@ -94,7 +94,8 @@ class Student:
         if args.prunes:
             self.gates = Gates.of(model, args.kinds, widths=widths, stochastic=args.gates == "hard_concrete")
             self.constraint = _constraint(model, self.gates, args, widths, length, table)
-            _refuse_unreachable(self.constraint, self.gates, args.keep)
+            for name in ("keep", "stages"):
+                _refuse_unreachable(self.constraint, self.gates, name, getattr(args, name))
             self.lagrangian = self.constraint.lagrangian().to(self.gates.log_alpha.device)
         self.adapted = add_lora(model, args)
         self.masked = Masked(self.adapted, []) if self.gates is None else Masked.of(self.adapted, self.gates)
@@ -110,6 +111,7 @@ class Student:
         self.turned = turned
         self.num_begun, self.begins_stage = 0, False
         self._stages: list[tuple[int, float | None]] = []
+        self._num_steps = 0
         self._probe = Probe(self.roles, probe)
         self._drawn: Masks = {}
         self._leaves: Masks = {}
@@ -134,7 +136,7 @@ class Student:
             ValueError: the run is too short for them.
         """
         args = self.args
-        self._stages = args.stage_starts(num_steps)
+        self._stages, self._num_steps = args.stage_starts(num_steps), num_steps
         self.warmup_steps = round(num_steps * args.sparsity_warmup)
         self.freeze_step = num_steps - round(num_steps * args.frozen_share)
         if args.prunes and self.warmup_steps > self.freeze_step:
@@ -153,6 +155,8 @@ class Student:
             warmup_steps=self.warmup_steps,
             interval=args.teacher_steps,
         )
+        if self.num_begun and self._stages:
+            self.schedule.stage = self._extent()
 
     # --- a step ----------------------------------------------------------------------------------------------------
 
@@ -193,6 +197,7 @@ class Student:
             targets=args.targets,
             ignore=args.ignore,
             seed=args.seed,
+            batch_size=min(MOST_AT_A_TIME, args.per_device_train_batch_size),
             progress=not args.disable_tqdm,
             table=self.constraint.table,
         )
@@ -206,8 +211,14 @@ class Student:
             masks = {name: torch.ones(size, dtype=torch.bool) for name, size in self.gates.sizes.items()}
             self.projected = self.constraint.as_chosen(masks | start.masks, start.notes)
             self.target = self.expected = self.projected.sparsity
+        self.schedule.stage = self._extent()
         if self.num_begun == len(self._stages):
             self.schedule.reach(step)
+
+    def _extent(self) -> tuple[int, int]:
+        """Return the first step of the stage that has begun, and the one after its last."""
+        starts = [step for step, _ in self._stages] + [self._num_steps]
+        return starts[self.num_begun - 1], starts[self.num_begun]
 
     def _remember_readers(self) -> None:
         """Let who undoes a failed training know what the readers were."""
@@ -415,13 +426,13 @@ def _constraint(
     return constraint
 
 
-def _refuse_unreachable(constraint: Constraint, gates: Gates, keep: list[float]) -> None:
+def _refuse_unreachable(constraint: Constraint, gates: Gates, name: str, sparsities: list[float]) -> None:
     """Raise ValueError, now and not on the way, where legal numbers of units miss what is to be kept."""
-    for sparsity in keep:
+    for sparsity in sparsities:
         try:
             constraint.project(gates, sparsity=sparsity)
         except ValueError as error:
-            raise ValueError(f"keep={keep}: {error}") from None
+            raise ValueError(f"{name}={sparsities}: {error}") from None
 
 
 def _average_(leaves: Masks, num_processes: int) -> None:

@@ -1,16 +1,17 @@
 """NutePrune: learn which heads and channels go, with the model itself as its numerous teachers (arXiv 2402.09773).
 
-The weights are frozen. Gates on the units are drawn in each step, and held to a sparsity that rises; LoRA makes up for
-what they close; what teaches is the same model under earlier gates and LoRA, or none. For the last steps the gates are
-settled, within the budget exactly. Then LoRA goes into the weights, what is closed becomes dead, and `apply_` cuts it
-out. See `nuteprune_student` for the step, and `nuteprune_result` for what comes out.
+What goes is chosen by a one-shot method, whose refitted readers the student takes for its own (`nuteprune_start`); or
+by gates, which are drawn in each step, held to a sparsity that rises, and settled for the last steps, within the budget
+exactly. LoRA makes up for what is gone; what teaches is the same model under earlier masks and LoRA, or none. Then LoRA
+goes into the weights, what is closed becomes dead, and `apply_` cuts it out. See `nuteprune_student` for the step, and
+`nuteprune_result` for what comes out.
 """
 
 import copy
 import hashlib
 import math
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,12 @@ from sparsekit.archs import Width, find_widths, vocabulary_size
 from sparsekit.budgets import Budget
 from sparsekit.errors import CheckpointError, Unsupported
 from sparsekit.files import replace_file
-from sparsekit.methods.structured.slicegpt import Stream, is_tied, untie_
+from sparsekit.methods.structured.slicegpt import Stream, is_tied, legal_hidden_sizes, untie_
+from sparsekit.nn import side_layers
 from sparsekit.plan import MadeBy, Plan
 from sparsekit.prune import installed_versions
 from sparsekit.prune_structured import left_whole_notes, targeted_widths
+from sparsekit.residual import check_thin
 from sparsekit.snapshot import Snapshot, restored_on_failure
 from sparsekit.targets import find_targets, show_entries
 from sparsekit.thin_stream import Thinner, left_out_layer
@@ -37,17 +40,18 @@ from sparsekit.train.distill import TeacherOutput
 from sparsekit.train.nuteprune_config import NutePruneConfig
 from sparsekit.train.nuteprune_loss import student_loss
 from sparsekit.train.nuteprune_result import Family, settle_
-from sparsekit.train.nuteprune_start import calibration_batches, turned_
+from sparsekit.train.nuteprune_start import MOST_AT_A_TIME, calibration_batches, turned_
 from sparsekit.train.nuteprune_student import Member, Student, saved_table
 from sparsekit.train.restore import restored_whole_on_failure
 from sparsekit.train.teachers import Teacher
 from sparsekit.train.trainer import SparseTrainer, TrainingDiverged, own_state_of, shifted
 
 STATE_FILE = "nuteprune.safetensors"
-"""In every checkpoint: LoRA, gates, multipliers, snapshots, and what was kept; the weights are those of the model."""
+"""In every checkpoint: LoRA, refitted readers, gates, multipliers, snapshots, and what was kept; all other weights are
+those of the model."""
 
 PROBES = 8
-"""Samples on which distances to teachers are measured."""
+"""Samples, or a batch if that is less, on which distances to teachers are measured."""
 
 
 class NutePruneTrainer(SparseTrainer):
@@ -83,10 +87,14 @@ class NutePruneTrainer(SparseTrainer):
             args.stage_starts(args.max_steps)
         layers = find_targets(model, args.targets, args.ignore)
         self._widths: list[Width] = targeted_widths(find_widths(model), layers) if args.prunes else []
+        if not args.merge_lora and side_layers(model):
+            raise ValueError(
+                f"merge_lora=False: {next(iter(side_layers(model)))} has a branch beside its weight already; use "
+                "merge_lora=True"
+            )
         if args.hidden is None:
             args = copy.copy(args)  # the caller may prune another model by it
-            args.hidden = Thinner.refusal(model, layers, None, Budget.parse(args.budget).measure) is None
-            args.untie = args.hidden
+            args.hidden = args.untie = _may_thin(model, layers, args)
         elif args.hidden and args.prunes:
             stream = Stream.of(model)
             if left_out := left_out_layer(stream, layers):
@@ -151,7 +159,11 @@ class NutePruneTrainer(SparseTrainer):
         inputs = self.calibration_inputs(args.num_calibration_samples)
         turned: Tensor | None = None
         if args.hidden and args.is_one_shot:
-            turned = turned_(model, saved.get("turned"), calibration_batches(model, inputs, args.seed))
+            turned = turned_(
+                model,
+                saved.get("turned"),
+                calibration_batches(model, inputs, args.seed, min(MOST_AT_A_TIME, args.per_device_train_batch_size)),
+            )
         self._student = Student(
             model,
             args,
@@ -169,8 +181,11 @@ class NutePruneTrainer(SparseTrainer):
 
     def _probe(self) -> dict[str, Tensor]:
         """Return a batch of training samples without labels, the same on all processes."""
-        samples = [{key: value[0] for key, value in sample.items()} for sample in self.calibration_samples(PROBES)]
+        samples = [{key: value[0] for key, value in sample.items()} for sample in self._probed()]
         return {key: value for key, value in collate(samples).items() if key != "labels"}
+
+    def _probed(self) -> list[dict[str, Tensor]]:
+        return self.calibration_samples(min(PROBES, self.args.per_device_train_batch_size))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """The weights are the model's own, and the rest is read in `_before_training`."""
@@ -202,6 +217,8 @@ class NutePruneTrainer(SparseTrainer):
     def freeze_step(self) -> int:
         """Step from which the gates are settled."""
         max_steps = self.state.max_steps or self.args.max_steps
+        if max_steps <= 0:
+            raise ValueError("the number of steps is known once train() has begun: give max_steps to know it before")
         starts = [step for step, _ in self.args.stage_starts(max_steps)]
         return max(max_steps - round(max_steps * self.args.frozen_share), *starts, 0)
 
@@ -284,6 +301,8 @@ class NutePruneTrainer(SparseTrainer):
             )
 
     def what_may_diverge(self) -> str:
+        if self.args.is_one_shot and self.args.frozen_share == 1:
+            return f"lower learning_rate={self.args.learning_rate}, or halt on the way, as stages=(0.2,)"
         return (
             f"lower learning_rate={self.args.learning_rate} or gate_learning_rate={self.args.gate_learning_rate}, or "
             f"raise sparsity_warmup={self.args.sparsity_warmup:.2g}"
@@ -420,6 +439,19 @@ def _restarting(schedule: Callable[[Any], float], starts: list[int], num_steps: 
         return schedule((step - first) * num_steps / max(end - first, 1))
 
     return factor
+
+
+def _may_thin(model: nn.Module, layers: Mapping[str, nn.Module], args: NutePruneConfig) -> bool:
+    """Return whether hidden dimensions go, where nobody said."""
+    if Thinner.refusal(model, layers, None, Budget.parse(args.budget).measure) is not None:
+        return False
+    stream = Stream.of(model)
+    sizes = legal_hidden_sizes(model, stream, args.round_to)
+    try:
+        check_thin(model, stream.embedding, sizes[len(sizes) // 2])
+    except Unsupported:
+        return False
+    return True
 
 
 def _constant(step: int) -> float:

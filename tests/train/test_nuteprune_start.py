@@ -93,7 +93,7 @@ def calibrated(model, sparsity, data=None, **fields):
     """What the method makes of a model, on the samples that a run on the same text takes."""
     order = torch.randperm(16, generator=torch.Generator().manual_seed(0)).tolist()
     data = [text()[index] for index in order]
-    given = {"num_calibration_samples": 16, "max_seq_length": 12, "batch_size": 8, "seed": 0, "progress": False}
+    given = {"num_calibration_samples": 16, "max_seq_length": 12, "batch_size": 4, "seed": 0, "progress": False}
     return sk.prune_(model, Contribution(sparsity=sparsity, **fields), dataset=data, **given)
 
 
