@@ -50,6 +50,8 @@ TRAINED: dict[str, tuple[str, dict[str, Any]]] = {
     "ours + hidden": ("", _HIDDEN),
     "ours + hidden, text alone": ("", _HIDDEN | _TEXT_ALONE),
     "ours, text alone": ("", _WHOLE | _TEXT_ALONE),
+    "ours in two stages": ("", _WHOLE | {"stages": "half"}),
+    "ours in two stages, intact teacher": ("", _WHOLE | {"stages": "half", "teachers": "intact"}),
     "gates": ("", {"start": "open"}),
     "gates, intact teacher": ("", {"start": "open", "teachers": "intact"}),
     "gates, text alone": ("", {"start": "open"} | _TEXT_ALONE),
@@ -58,7 +60,9 @@ TRAINED: dict[str, tuple[str, dict[str, Any]]] = {
     "paper, its own LoRA": ("paper", {"learning_rate": 1e-3, "untie": True}),
     "dense, trained on": ("recovery", {"lora_rank": 16, "learning_rate": 1e-4}),
 }
-"""Row -> recipe of `NutePrune`, and what it changes of it."""
+"""Row -> recipe of `NutePrune`, and what it changes of it. The teacher of "ours" is the intact model throughout, for
+there is no other before the units go; in two stages, at half of the sparsity and then at all of it, the end of the first
+may teach in the second."""
 
 METHODS = [
     "one-shot",
@@ -135,6 +139,8 @@ class Bench:
         fields: dict[str, Any] = {"max_steps": steps, "per_device_train_batch_size": batch, "seed": seed, "bf16": True}
         fields |= {"learning_rate": 3e-3, "output_dir": folder, "save_strategy": "no", "report_to": []}
         fields |= {} if sparsity is None else {"sparsity": sparsity}
+        if changed.get("stages") == "half":
+            changed = changed | {"stages": [(sparsity or 0.0) / 2]}
         make: Any = getattr(sk.NutePrune, recipe) if recipe else sk.NutePrune
         try:
             plan = sk.prune_(model, make(**fields | changed), dataset=chunks, progress=False)

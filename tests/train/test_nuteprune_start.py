@@ -10,14 +10,18 @@ import sparsekit as sk
 from sparsekit.archs import find_widths
 from sparsekit.benchmarking.latency_table import LatencyTable
 from sparsekit.budgets import count_flops
+from sparsekit.errors import Unsupported
 from sparsekit.methods.structured.contribution import Contribution
+from sparsekit.nn import side_layers
 from sparsekit.train import constraint as constraint_module
-from sparsekit.train import nuteprune_start
+from sparsekit.train import numerous, nuteprune_start
 from sparsekit.train.adapters import add_lora, factors_of
 from sparsekit.train.gates import Gates
+from sparsekit.train.nuteprune_config import NutePruneConfig
 from sparsekit.train.nuteprune_start import one_shot
 from sparsekit.train.nuteprune_student import Student
 from sparsekit.train.nuteprune_trainer import NutePruneTrainer, family
+from tests.archs.tiny_models import tiny_model
 from tests.train.nuteprune_runs import (
     SAVING,
     VOCABULARY,
@@ -480,6 +484,13 @@ def test_a_failure_in_a_later_stage_leaves_the_model_as_it_was(tmp_path, hidden)
         ({"stages": [0.5]}, r"stages=\[0.5\]: these are on the way to sparsity=0.4"),
         ({"stages": [0.2], "keep": [0.1]}, r"keep=\[0.1\] and stages=\[0.2\] make 3 stages, .* 2 steps: train longer"),
         ({"num_calibration_samples": 0}, "num_calibration_samples=0 must be a whole number"),
+        (
+            {"gates": "deterministic"},
+            "gates='deterministic' is for gates that learn, and with start='contribution' none",
+        ),
+        ({"ramp": "cubic"}, "ramp='cubic' is for gates that learn.*use start='open', or frozen_share=0.5"),
+        ({"sparsity_warmup": 0.3, "max_steps": 10}, "sparsity_warmup=0.3"),
+        ({"round_to": 64, "sparsity": 0.633, "stages": [0.35]}, r"stages=\[0.35\]: no legal widths reach"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
@@ -491,3 +502,64 @@ def test_what_is_refused(tmp_path, monkeypatch, changes, said):
         run(model, tmp_path, **changes)
     assert_same_model(model, dense)
     assert_plain(model, modules)
+
+
+def test_a_family_is_not_trained_for_and_lost(tmp_path):
+    with pytest.raises(ValueError, match=r"keep=\[0.2\]: here one plan comes back.*NutePrune.*family"):
+        sk.prune_(llama(), config(tmp_path, **STARTED, keep=[0.2]), dataset=text(), progress=False)
+
+
+def test_branches_beside_weights_are_not_lost(tmp_path):
+    model = llama()
+    run(model, tmp_path, merge_lora=False)
+    assert side_layers(model)
+    before = logits_of(model)
+    again = NutePruneConfig.recovery(output_dir=str(tmp_path / "again"), max_steps=1, use_cpu=True, save_strategy="no")
+    beside = copy.copy(again)
+    beside.merge_lora = False
+    with pytest.raises(ValueError, match="merge_lora=False: .* has a branch beside its weight already"):
+        NutePruneTrainer(model, beside, text())
+    again.learning_rate = 1e-9
+    NutePruneTrainer(model, again, text()).train()
+    assert far(logits_of(model), before) < 1e-4
+
+
+def test_hidden_dimensions_stay_where_the_classes_cannot_be_thinner(tmp_path):
+    """Qwen3 norms each head, too, with an eps that is one with that of the stream."""
+    model = tiny_model("qwen3").eval()
+    trainer = NutePruneTrainer(model, config(tmp_path, **{**STARTED, "hidden": None}), text())
+    assert trainer.args.hidden is False
+    trainer.train()
+    assert not [cut for cut in trainer.plan().cuts.values() if cut.kind == "hidden"]
+    with pytest.raises(Unsupported, match="leave hidden out, hidden=False"):
+        train(tiny_model("qwen3").eval(), tmp_path, text(), hidden=True, untie=True)
+
+
+def test_one_config_serves_two_models(tmp_path):
+    given = config(tmp_path, **{**STARTED, "hidden": None})
+    assert NutePruneTrainer(llama(), given, text()).args.hidden is True
+    assert given.hidden is None and given.untie is False
+    tied = llama(tie_word_embeddings=True, vocab_size=400)
+    assert NutePruneTrainer(tied, given, text()).args.hidden is False
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+
+
+def test_the_last_stage_teaches_in_the_first_half_of_the_next(tmp_path):
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append(trainer.student.schedule.index)
+
+    changes = {**STARTED, "stages": [0.2], "max_steps": 8, "teacher_steps": 1}
+    trainer = NutePruneTrainer(llama(), config(tmp_path, **changes), text(32), callbacks=[Watch()])
+    measured = numerous.Probe.distances
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(numerous.Probe, "distances", lambda self, kept, masks: nearer(measured(self, kept, masks)))
+        trainer.train()
+    assert seen == [None] * 4 + [0, 0] + [None, None]
+
+
+def nearer(found):
+    """Distances under which the last snapshot is always the one to learn from."""
+    return numerous.Distances(1.0, tuple(0.9 for _ in found.snapshots))
