@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainingArguments
 
 from sparsekit.archs import Width
 from sparsekit.benchmarking.latency_table import LatencyTable
@@ -37,7 +38,6 @@ from sparsekit.width_solver import times_known
 OPEN_GATES = "open"
 """In place of a method: all units are there at first, and gates find out which go."""
 MOST_AT_A_TIME = 8
-"""Samples in a batch of calibration, or as many as in one of training if that is less."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,11 @@ class Start:
     masks: Masks
     repaired: dict[str, dict[str, Tensor]]
     notes: list[str]
+
+
+def calibration_batch_size(args: TrainingArguments) -> int:
+    """Return how many samples calibration takes at a time: as many as training does on all devices, but 8 at most."""
+    return min(MOST_AT_A_TIME, args.per_device_train_batch_size * args.world_size)
 
 
 def starts() -> list[str]:

@@ -31,7 +31,7 @@ from sparsekit.train.gates import Gates, Masks
 from sparsekit.train.masked import Masked, leaves_of, pass_gradients_
 from sparsekit.train.numerous import Probe, Roles, Snapshot, Snapshots, TeacherSchedule
 from sparsekit.train.nuteprune_config import NutePruneConfig
-from sparsekit.train.nuteprune_start import MOST_AT_A_TIME, one_shot, same_everywhere
+from sparsekit.train.nuteprune_start import calibration_batch_size, one_shot, same_everywhere
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ class Student:
             targets=args.targets,
             ignore=args.ignore,
             seed=args.seed,
-            batch_size=min(MOST_AT_A_TIME, args.per_device_train_batch_size),
+            batch_size=calibration_batch_size(args),
             progress=not args.disable_tqdm,
             table=self.constraint.table,
         )

@@ -40,7 +40,7 @@ from sparsekit.train.distill import TeacherOutput
 from sparsekit.train.nuteprune_config import NutePruneConfig
 from sparsekit.train.nuteprune_loss import student_loss
 from sparsekit.train.nuteprune_result import Family, settle_
-from sparsekit.train.nuteprune_start import MOST_AT_A_TIME, calibration_batches, turned_
+from sparsekit.train.nuteprune_start import calibration_batch_size, calibration_batches, turned_
 from sparsekit.train.nuteprune_student import Member, Student, saved_table
 from sparsekit.train.restore import restored_whole_on_failure
 from sparsekit.train.teachers import Teacher
@@ -162,7 +162,7 @@ class NutePruneTrainer(SparseTrainer):
             turned = turned_(
                 model,
                 saved.get("turned"),
-                calibration_batches(model, inputs, args.seed, min(MOST_AT_A_TIME, args.per_device_train_batch_size)),
+                calibration_batches(model, inputs, args.seed, calibration_batch_size(args)),
             )
         self._student = Student(
             model,
@@ -185,7 +185,7 @@ class NutePruneTrainer(SparseTrainer):
         return {key: value for key, value in collate(samples).items() if key != "labels"}
 
     def _probed(self) -> list[dict[str, Tensor]]:
-        return self.calibration_samples(min(PROBES, self.args.per_device_train_batch_size))
+        return self.calibration_samples(min(PROBES, calibration_batch_size(self.args)))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """The weights are the model's own, and the rest is read in `_before_training`."""
