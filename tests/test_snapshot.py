@@ -1,5 +1,6 @@
 """The copy that makes calls all or nothing."""
 
+import contextlib
 import copy
 
 import pytest
@@ -9,7 +10,7 @@ import torch.nn as nn
 import sparsekit as sk
 from sparsekit.nn import SideLinear, install_side_, sparse_layers
 from sparsekit.plan import SideBranch
-from sparsekit.snapshot import restored_on_failure
+from sparsekit.snapshot import put_back_afterwards, restored_on_failure
 
 
 def mlp(dtype=torch.float32):
@@ -147,3 +148,24 @@ def test_branches_put_there_since_are_taken_away(packed):
         raise KeyboardInterrupt
     assert type(model[0]) is nn.Linear and isinstance(model[2], SideLinear), "the branch from before stays"
     assert same(model, before) and (packed or model[0].weight is weight)
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["", "fails"])
+def test_layers_are_put_back_afterwards_and_blocks_inside_start_anew(fails):
+    model = mlp()
+    before = state_of(model)
+    with restored_on_failure(model) as outer, contextlib.suppress(KeyError), put_back_afterwards(model, ["0"]):
+        outer.remember("0")
+        with torch.no_grad():
+            model[0].weight.fill_(2)
+        with restored_on_failure(model) as inner:
+            inner.remember("0")
+            assert inner is not outer and bool((inner.originals()["0.weight"] == 2).all())
+        if fails:
+            raise KeyError
+    assert same(model, before)
+    with restored_on_failure(model) as outer:
+        with put_back_afterwards(model, ["0"]):
+            pass
+        with restored_on_failure(model) as inner:
+            assert inner is outer
