@@ -5,7 +5,7 @@ from sparsekit.train.ast_trainer import ASTTrainer
 from sparsekit.train.maskllm_config import MaskLLMConfig
 from sparsekit.train.maskllm_trainer import MaskLLMTrainer
 from sparsekit.train.nuteprune_config import NutePruneConfig
-from sparsekit.train.nuteprune_trainer import NutePruneTrainer, family
+from sparsekit.train.nuteprune_trainer import NutePruneTrainer
 
 __all__ = [
     "ASTConfig",
@@ -14,5 +14,4 @@ __all__ = [
     "MaskLLMTrainer",
     "NutePruneConfig",
     "NutePruneTrainer",
-    "family",
 ]

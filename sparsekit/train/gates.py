@@ -34,7 +34,7 @@ LOW, HIGH, BETA, EPS = -0.1, 1.1, 2 / 3, 1e-6
 LIMIT = math.log(100)
 """Log-alphas stay within plus and minus this."""
 OPEN = math.log(0.99 / 0.01)
-"""Log-alpha that all gates begin with, unless told otherwise: the chance to be open is 0.998."""
+"""Log-alpha that all gates begin with: the chance to be open is 0.998."""
 
 
 class Gates(nn.Module):
@@ -65,7 +65,6 @@ class Gates(nn.Module):
         hidden_size: int = 0,
         layers: Mapping[str, list[str]] | None = None,
         stochastic: bool = True,
-        initial: float | Mapping[str, Tensor] = OPEN,
         device: Any = None,
     ) -> None:
         super().__init__()
@@ -75,7 +74,7 @@ class Gates(nn.Module):
         parts += [(name, "layers", len(blocks)) for name, blocks in self.layers.items()]
         self.kinds = {name: kind for name, kind, _ in parts}
         self.sizes = {name: size for name, _, size in parts}
-        self.log_alpha = nn.Parameter(self._initial(initial).to(device))
+        self.log_alpha = nn.Parameter(torch.full((sum(self.sizes.values()),), OPEN, dtype=torch.float32, device=device))
         self.register_buffer("excess", torch.zeros_like(self.log_alpha.detach()))
 
     @classmethod
@@ -86,7 +85,6 @@ class Gates(nn.Module):
         *,
         widths: list[Width] | None = None,
         stochastic: bool = True,
-        initial: float | Mapping[str, Tensor] = OPEN,
     ) -> "Gates":
         """Return open gates for a model, on its device.
 
@@ -96,10 +94,8 @@ class Gates(nn.Module):
                 residual stream, "layers" one for each block.
             widths: the heads and channels that may go; those of the model's that are of `kinds` if None.
             stochastic: draw gates in training, or let them be what u = 1/2 gives.
-            initial: log-alpha of all units, or name -> log-alphas, finite [num_units]; names that are missing begin
-                with `OPEN`.
         Raises:
-            ValueError: a kind is unknown or missing, or `initial` does not fit.
+            ValueError: a kind is unknown or missing.
             Unsupported: the model's heads, channels or residual stream are not known.
         """
         for kind in kinds:
@@ -117,7 +113,6 @@ class Gates(nn.Module):
             hidden_size=0 if table is None else table.shape[1],
             layers=find_blocks(model, [width.name for width in chosen]) if "layers" in kinds else None,
             stochastic=stochastic,
-            initial=initial,
             device=next(model.parameters()).device,
         )
 
@@ -220,26 +215,6 @@ class Gates(nn.Module):
             if renamed[name] and len(kept) < len(mask):
                 cuts[renamed[name]] = Cut(kept, len(mask), self.kinds[name])
         return cuts
-
-    def _initial(self, initial: float | Mapping[str, Tensor]) -> Tensor:
-        """Return the log-alphas to begin with, within their limits."""
-        if not isinstance(initial, Mapping):
-            if not math.isfinite(initial):
-                raise ValueError(f"{initial=} is no log-alpha: use {OPEN:.3g} for gates that are open")
-            return torch.full((sum(self.sizes.values()),), float(initial)).clamp(-LIMIT, LIMIT)
-        for name, values in initial.items():
-            if name not in self.sizes:
-                raise ValueError(unknown("part with gates", name, self.names))
-            if values.shape != (self.sizes[name],) or not bool(values.isfinite().all()):
-                raise ValueError(
-                    f"the initial log-alphas of {name} must be {self.sizes[name]} finite numbers, got shape "
-                    f"{tuple(values.shape)}"
-                )
-        given = [
-            initial[name].detach().float().cpu() if name in initial else torch.full((size,), OPEN)
-            for name, size in self.sizes.items()
-        ]
-        return torch.cat(given).clamp(-LIMIT, LIMIT)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move to another device, but not to another dtype: a step of the optimizer would be lost in rounding."""

@@ -11,8 +11,8 @@ from sparsekit.plan import Plan
 from sparsekit.registry import unknown
 from sparsekit.train.config import SparseTrainingArguments, check_not_negative, check_share, check_whole
 from sparsekit.train.constraint import RAMPS
-from sparsekit.train.numerous import TEACHERS
 from sparsekit.train.nuteprune_start import OPEN_GATES, check_start
+from sparsekit.train.teacher_schedule import TEACHERS
 
 GATES = ("hard_concrete", "deterministic")
 HIDDEN_LOSSES = ("relative", "paper")

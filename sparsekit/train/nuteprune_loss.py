@@ -58,23 +58,28 @@ def student_loss(
     if taught_hidden:
         student = outputs.hidden_states[1:]
         if args.hidden_loss == "paper":
-            parts["hidden_loss"] = nonzero_square(student, taught_hidden[1:])
+            parts["hidden_loss"] = nonzero_square(student, taught_hidden[1:], attention_mask)
         else:
             parts["hidden_loss"] = square_head(student, taught_hidden[1:], attention_mask=attention_mask) / len(student)
         total = total + args.hidden_weight * parts["hidden_loss"] * share
     return total, parts
 
 
-def nonzero_square(student_hidden: Sequence[Tensor], teacher_hidden: Sequence[Tensor]) -> Tensor:
+def nonzero_square(
+    student_hidden: Sequence[Tensor], teacher_hidden: Sequence[Tensor], attention_mask: Tensor | None = None
+) -> Tensor:
     """Return the sum over blocks of the mean square of h_s - h_t, fp32, over entries where h_s is not zero.
 
     Args:
         student_hidden: output of each block, [..., d]; gradient flows to these alone.
         teacher_hidden: the same of the teacher.
+        attention_mask: [...], 0 where a token is padding and counts for nothing; None where all count.
     """
     total = student_hidden[0].new_zeros((), dtype=torch.float32)
     for student, teacher in zip(student_hidden, teacher_hidden, strict=True):
         there = student.detach() != 0
+        if attention_mask is not None:
+            there &= attention_mask.bool()[..., None]
         square = (student.float() - teacher.detach().float()).square()
-        total = total + (square * there).sum() / there.sum().clamp(min=1)
+        total = total + square.masked_fill(~there, 0).sum() / there.sum().clamp(min=1)
     return total

@@ -29,9 +29,11 @@ from sparsekit.train.adapters import add_lora, reset_
 from sparsekit.train.constraint import AugmentedLagrangian, Constraint, Projected, target_at
 from sparsekit.train.gates import Gates, Masks
 from sparsekit.train.masked import Masked, leaves_of, pass_gradients_
-from sparsekit.train.numerous import Probe, Roles, Snapshot, Snapshots, TeacherSchedule
 from sparsekit.train.nuteprune_config import NutePruneConfig
 from sparsekit.train.nuteprune_start import calibration_batch_size, one_shot, same_everywhere
+from sparsekit.train.roles import Probe, Roles
+from sparsekit.train.snapshots import Snapshot, Snapshots
+from sparsekit.train.teacher_schedule import TeacherSchedule
 
 
 @dataclass(frozen=True)

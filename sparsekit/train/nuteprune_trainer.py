@@ -116,6 +116,7 @@ class NutePruneTrainer(SparseTrainer):
         self._teacher: Teacher | None = None
         self._plan: Plan | None = None
         self._family: Family | None = None
+        self._told: list[Tensor] = []  # of each micro-batch: the loss on tokens, without that on hidden states
         self.add_callback(_Steps(self))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -132,6 +133,8 @@ class NutePruneTrainer(SparseTrainer):
                 made = Family(model, self.args, *outcome)
             self._plan, self._family = plan, made
         finally:
+            if self._student is not None:
+                self._student.snapshots.clear()  # checkpoints hold them too
             self._student = self._teacher = None
         return result
 
@@ -145,7 +148,7 @@ class NutePruneTrainer(SparseTrainer):
     def _before_training(self, checkpoint: str | None) -> None:
         """Put gates and LoRA on the model; a resumed run reads them from its checkpoint."""
         args, model = self.args, self.accelerator.unwrap_model(self.model)
-        samples = self.train_samples
+        samples, self._told = self.train_samples, []
         if samples is None:
             raise ValueError("train_dataset is missing: training needs data")
         saved: dict[str, Tensor] = {}
@@ -279,6 +282,7 @@ class NutePruneTrainer(SparseTrainer):
         total, parts = student_loss(args, outputs, taught, taught_hidden, labels, mask, num_items_in_batch, learns)
         if learns:
             self.note_losses(**parts)
+            self._told.append(args.ce_weight * parts["ce_loss"] + args.kd_weight * parts.get("kd_loss", 0.0))
         if num_items_in_batch is not None and args.average_tokens_across_devices and args.world_size > 1:
             total = total * self.accelerator.num_processes
         return (total, outputs) if return_outputs else total
@@ -289,15 +293,20 @@ class NutePruneTrainer(SparseTrainer):
         super().log(logs, start_time)
 
     def _refuse_divergence(self, loss: float) -> None:
-        """Stop where the student knows less than if it knew nothing. That a loss rises with the sparsity is no sign."""
+        """Stop where the student knows less than if it knew nothing. That a loss rises with the sparsity is no sign.
+
+        What it says of tokens is judged, in nats per token: what hidden states differ by has no such limit.
+        """
+        told, self._told = self.mean_over_ranks(torch.stack(self._told).mean()), []
         args, vocabulary = self.args, vocabulary_size(self.accelerator.unwrap_model(self.model))
-        if args.hidden_loss == "paper" or args.kd_reduction != "tokens" or vocabulary is None:
+        if vocabulary is None:
             return
-        nothing = math.log(vocabulary) * (args.kd_weight * args.temperature**2 + args.ce_weight) + args.hidden_weight
-        if loss > 2 * nothing:
+        kd_weight = 0.0 if args.teachers == "none" else args.kd_weight
+        nothing = math.log(vocabulary) * (kd_weight * args.temperature**2 + args.ce_weight)
+        if told > 2 * nothing > 0:
             raise TrainingDiverged(
-                f"the loss is {loss:.3g} at step {self.state.global_step + 1}, and would be {nothing:.3g} at most if "
-                f"all tokens were as likely: {self.what_may_diverge()}. {self._last_checkpoint()}"
+                f"the loss on tokens is {told:.3g} at step {self.state.global_step + 1}, and would be {nothing:.3g} at "
+                f"most if all were as likely: {self.what_may_diverge()}. {self._last_checkpoint()}"
             )
 
     def what_may_diverge(self) -> str:
@@ -397,11 +406,6 @@ class NutePruneTrainer(SparseTrainer):
         if self._family is None or not len(self._family):
             raise ValueError("there is no family: name smaller sparsities, keep=(0.1, 0.2), and call train()")
         return self._family
-
-
-def family(trainer: NutePruneTrainer) -> Family:
-    """Return sparsity -> (plan, model that is cut to it), of all that a trainer kept on the way."""
-    return trainer.family()
 
 
 class _Steps(TrainerCallback):

@@ -171,13 +171,18 @@ class SparseTrainer(Trainer):
 
     def _look_at_losses(self) -> None:
         """Stop where the loss of the whole step is bad; it is the same on all ranks, so that all stop or none."""
-        total = torch.stack(self._step_losses).sum().double()
+        total = self.mean_over_ranks(torch.stack(self._step_losses).sum())
         self._step_losses = []
+        self._refuse_non_finite("loss", total)
+        self._refuse_divergence(total)
+
+    def mean_over_ranks(self, number: Tensor) -> float:
+        """Return the mean of a number that each rank has, the same on all."""
+        number = number.detach().double().clone()
         if self.args.world_size > 1:
-            torch.distributed.all_reduce(total)
-            total /= self.args.world_size
-        self._refuse_non_finite("loss", float(total))
-        self._refuse_divergence(float(total))
+            torch.distributed.all_reduce(number)
+            number /= self.args.world_size
+        return float(number)
 
     def calibration_samples(self, num_samples: int) -> list[dict[str, Tensor]]:
         """Return some of the training samples, each a batch of one, chosen by the seed.

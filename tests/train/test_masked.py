@@ -203,6 +203,12 @@ def test_what_adapters_read_and_write_is_masked_too(wide):
         assert_same(adapted(ids()).logits, plain(ids()).logits)
 
 
+def at(log_alpha, gates):
+    """The gates, all with this log-alpha."""
+    gates.log_alpha.data.fill_(log_alpha)
+    return gates
+
+
 def gradients(model, gates, dtype=None):
     """Gradients of log-alphas and of the adapters, for one draw."""
     gates.zero_grad()
@@ -220,7 +226,7 @@ def gradients(model, gates, dtype=None):
 
 def test_gradients_are_those_without_checkpointing(wide):
     model = lora(wide()).train()
-    gates = Gates.of(wide(), ALL, initial=1.0)
+    gates = at(1.0, Gates.of(wide(), ALL))
     plain = gradients(model, gates)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
@@ -233,7 +239,7 @@ def test_gradients_are_those_without_checkpointing(wide):
 
 @pytest.mark.parametrize("how", ["autocast", "bf16"])
 def test_gradients_in_16_bits_point_where_those_in_32_do(wide, how):
-    gates = Gates.of(wide(), ALL, initial=1.0)
+    gates = at(1.0, Gates.of(wide(), ALL))
     exact = gradients(wide(), gates)[0]
     if how == "autocast":
         rough = gradients(wide(), gates, torch.bfloat16)[0]
@@ -245,7 +251,7 @@ def test_gradients_in_16_bits_point_where_those_in_32_do(wide, how):
 
 def test_one_draw_serves_all_micro_batches_of_a_step(wide):
     model = wide()
-    gates = Gates.of(model, ALL, initial=1.0)
+    gates = at(1.0, Gates.of(model, ALL))
     masked = Masked.of(model, gates)
 
     def loss(batch):
@@ -267,7 +273,7 @@ def test_one_draw_serves_all_micro_batches_of_a_step(wide):
 
 
 def test_parts_that_never_ran_get_no_gradient(wide):
-    gates = Gates.of(wide(), initial=0.0)
+    gates = at(0.0, Gates.of(wide()))
     drawn = gates.sample(torch.Generator().manual_seed(0))
     leaves = leaves_of(drawn)
     leaves["model.layers.1.mlp.down_proj"].sum().backward()

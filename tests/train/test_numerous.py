@@ -14,7 +14,9 @@ from sparsekit.archs import find_widths
 from sparsekit.errors import CheckpointError
 from sparsekit.train.adapters import add_lora, lora_parameters
 from sparsekit.train.masked import Masked
-from sparsekit.train.numerous import Distances, Probe, Roles, Snapshots, TeacherSchedule
+from sparsekit.train.roles import Probe, Roles
+from sparsekit.train.snapshots import Snapshots
+from sparsekit.train.teacher_schedule import Distances, TeacherSchedule
 
 pytest.importorskip("peft", reason="peft is not installed")
 

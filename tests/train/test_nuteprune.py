@@ -15,7 +15,7 @@ from sparsekit.train import constraint as constraint_module
 from sparsekit.train.nuteprune_config import NutePruneConfig
 from sparsekit.train.nuteprune_loss import nonzero_square
 from sparsekit.train.nuteprune_student import Student
-from sparsekit.train.nuteprune_trainer import NutePruneTrainer, family
+from sparsekit.train.nuteprune_trainer import NutePruneTrainer
 from tests.train.nuteprune_runs import (
     SAVING,
     assert_plain,
@@ -182,6 +182,11 @@ def test_the_published_distance_of_hidden_states_by_hand():
         pairs = [(s, t) for s, t in zip(student[block].flatten(), teacher[block].flatten(), strict=True) if s != 0]
         expected += sum(float(s - t) ** 2 for s, t in pairs) / max(len(pairs), 1)
     assert float(nonzero_square(student, teacher)) == pytest.approx(expected, rel=1e-5)
+    mask = torch.ones(student[0].shape[:-1], dtype=torch.long)
+    mask[0, 1:] = 0
+    alone = [[state[mask.bool()] for state in states] for states in (student, teacher)]
+    teacher[0][0, 1:] = 1e3  # what stands on padding does not matter
+    assert float(nonzero_square(student, teacher, mask)) == pytest.approx(float(nonzero_square(*alone)), rel=1e-5)
 
 
 def test_text_alone_and_hidden_states(tmp_path):
@@ -243,7 +248,7 @@ def test_a_family_from_one_run(tmp_path, merge_lora):
     model, size = llama(), in_blocks(llama())
     trainer = train(model, tmp_path, keep=[0.2, "10%"], max_steps=20, merge_lora=merge_lora)
     sk.apply_(model, trainer.plan())
-    found = family(trainer)
+    found = trainer.family()
     assert list(found) == [0.1, 0.2, 0.4] and len(found) == 3
     for sparsity, (plan, smaller) in found.items():
         assert abs(1 - in_blocks(smaller) / size - sparsity) <= 0.0015
@@ -266,7 +271,7 @@ def test_members_are_the_model_as_it_was_on_the_way(tmp_path, monkeypatch):
             seen[sparsity] = student(torch.stack(text(3, seed=5))).logits
 
     monkeypatch.setattr(Student, "_keep", look)
-    found = family(train(llama(), tmp_path, keep=[0.1, 0.3], max_steps=20))
+    found = train(llama(), tmp_path, keep=[0.1, 0.3], max_steps=20).family()
     assert seen.keys() == {0.1, 0.3}
     for sparsity, expected in seen.items():
         assert (logits_of(found[sparsity][1]) - expected).abs().max() <= 1e-5 * expected.abs().max()
@@ -278,7 +283,7 @@ def test_there_is_no_family_unless_asked_for(tmp_path):
         trainer.plan()
     trainer.train()
     with pytest.raises(ValueError, match=r"name smaller sparsities, keep=\(0.1, 0.2\)"):
-        family(trainer)
+        trainer.family()
     with pytest.raises(ValueError, match="this trainer has pruned its model already"):
         trainer.train()
 

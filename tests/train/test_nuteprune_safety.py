@@ -11,7 +11,7 @@ import sparsekit as sk
 from sparsekit.errors import CheckpointError, NonFiniteError
 from sparsekit.train import nuteprune_trainer
 from sparsekit.train.nuteprune_student import Student
-from sparsekit.train.nuteprune_trainer import STATE_FILE, NutePruneTrainer, family
+from sparsekit.train.nuteprune_trainer import STATE_FILE, NutePruneTrainer
 from sparsekit.train.trainer import TrainingDiverged
 from tests.train.nuteprune_runs import (
     SAVING,
@@ -86,13 +86,37 @@ def test_gates_without_a_finite_gradient_stop_it(tmp_path, monkeypatch):
         train(llama(), tmp_path)
 
 
-def test_a_student_that_knows_less_than_nothing_stops_it(tmp_path, monkeypatch):
-    loss = NutePruneTrainer.compute_loss
-    monkeypatch.setattr(NutePruneTrainer, "compute_loss", lambda self, *a, **k: loss(self, *a, **k) + 10)
-    with pytest.raises(
-        TrainingDiverged, match="would be 4.11 at most.*lower learning_rate=0.005 or gate_learning_rate"
-    ):
-        train(llama(), tmp_path)
+PUBLISHED = {"kd_reduction": "sequences", "hidden_loss": "paper", "hidden_weight": 0.9, "kd_weight": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("losses", "most"), [({}, "4.11"), (PUBLISHED, "0.411"), ({"teachers": "none", "ce_weight": 0.5}, "2.06")]
+)
+def test_a_student_that_knows_less_than_nothing_stops_it(tmp_path, monkeypatch, losses, most):
+    model = llama()
+    dense = copy.deepcopy(model)
+
+    def sure_of_what_is_wrong(args, outputs, *others):
+        outputs.logits = outputs.logits * -50
+        return loss(args, outputs, *others)
+
+    loss = nuteprune_trainer.student_loss
+    monkeypatch.setattr(nuteprune_trainer, "student_loss", sure_of_what_is_wrong)
+    culprits = "lower learning_rate=0.005 or gate_learning_rate"
+    with pytest.raises(TrainingDiverged, match=f"would be {most} at most if all were as likely: {culprits}"):
+        train(model, tmp_path, **losses)
+    assert_same_model(model, dense)
+
+
+def test_hidden_states_far_from_the_teachers_are_no_divergence(tmp_path):
+    train(llama(), tmp_path, max_steps=4, hidden_loss="paper", hidden_weight=1e4)
+
+
+def test_teachers_leave_no_files_behind(tmp_path):
+    folder, seen = tmp_path / "snapshots" / "0", []
+    look = AtStepEnd(lambda state: seen.append(len(list(folder.glob("*.safetensors")))))
+    train(llama(), tmp_path, snapshots_on_disk=True, callbacks=[look])
+    assert max(seen) > 1 and not folder.exists()
 
 
 # --- resuming --------------------------------------------------------------------------------------------------------
@@ -126,9 +150,9 @@ def test_resuming_changes_nothing(tmp_path, name):
     assert ends[0].keys() <= ends[1].keys()
     assert any(not torch.equal(ends[0][key], ends[1][key]) for key in ends[0] if key.startswith("lora."))
     if "keep" in options:
-        for sparsity, (plan, smaller) in family(straight).items():
-            assert plan == family(resumed)[sparsity][0]
-            assert torch.equal(logits_of(smaller), logits_of(family(resumed)[sparsity][1]))
+        for sparsity, (plan, smaller) in straight.family().items():
+            assert plan == resumed.family()[sparsity][0]
+            assert torch.equal(logits_of(smaller), logits_of(resumed.family()[sparsity][1]))
 
 
 def test_snapshots_and_multipliers_are_in_the_checkpoint(tmp_path, monkeypatch):

@@ -14,13 +14,13 @@ from sparsekit.errors import Unsupported
 from sparsekit.methods.structured.contribution import Contribution
 from sparsekit.nn import side_layers
 from sparsekit.train import constraint as constraint_module
-from sparsekit.train import numerous, nuteprune_start
+from sparsekit.train import nuteprune_start, roles
 from sparsekit.train.adapters import add_lora, factors_of
 from sparsekit.train.gates import Gates
 from sparsekit.train.nuteprune_config import NutePruneConfig
 from sparsekit.train.nuteprune_start import one_shot
 from sparsekit.train.nuteprune_student import Student
-from sparsekit.train.nuteprune_trainer import NutePruneTrainer, family
+from sparsekit.train.nuteprune_trainer import NutePruneTrainer
 from tests.archs.tiny_models import tiny_model
 from tests.train.nuteprune_runs import (
     SAVING,
@@ -408,7 +408,7 @@ def test_stages(tmp_path, begun, monkeypatch):
         calibrated(merged, after, hidden=False)
         assert far(each["logits"], logits_of(merged)) < 1e-4
     assert [snapshots for _, _, snapshots in left.values()] == [0, 1]
-    found = family(trainer)
+    found = trainer.family()
     assert list(found) == [0.2, 0.4]
     for sparsity, (_, smaller) in found.items():
         assert abs(1 - in_blocks(smaller) / size - sparsity) <= 0.0015
@@ -428,7 +428,7 @@ def test_resuming_changes_nothing(tmp_path, hidden, steps):
         resumed = run(other, tmp_path, resume=str(tmp_path / f"checkpoint-{step}"), **options)
         assert straight.plan() == resumed.plan()
         assert_same_model(one, other)
-    smaller = [family(trainer)[0.2][1] for trainer in (straight, resumed)]
+    smaller = [trainer.family()[0.2][1] for trainer in (straight, resumed)]
     assert torch.equal(logits_of(smaller[0]), logits_of(smaller[1]))
     assert ("model.embed_tokens" in straight.plan().cuts) == hidden
 
@@ -444,7 +444,7 @@ def test_training_that_ends_early_is_cut_all_the_same(tmp_path):
     assert "training ended at step 1 of 8" in notes
     assert sum("training ended before the last units went" in note for note in notes) == 1
     assert abs(1 - in_blocks(sk.apply_(model, trainer.plan())) / size - 0.4) <= 0.0015
-    found = family(trainer)
+    found = trainer.family()
     assert list(found) == [0.1, 0.3, 0.4]
     for sparsity, (_, smaller) in found.items():
         assert abs(1 - in_blocks(smaller) / size - sparsity) <= 0.0015
@@ -553,13 +553,13 @@ def test_the_last_stage_teaches_in_the_first_half_of_the_next(tmp_path):
 
     changes = {**STARTED, "stages": [0.2], "max_steps": 8, "teacher_steps": 1}
     trainer = NutePruneTrainer(llama(), config(tmp_path, **changes), text(32), callbacks=[Watch()])
-    measured = numerous.Probe.distances
+    measured = roles.Probe.distances
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(numerous.Probe, "distances", lambda self, kept, masks: nearer(measured(self, kept, masks)))
+        patch.setattr(roles.Probe, "distances", lambda self, kept, masks: nearer(measured(self, kept, masks)))
         trainer.train()
     assert seen == [None] * 4 + [0, 0] + [None, None]
 
 
 def nearer(found):
     """Distances under which the last snapshot is always the one to learn from."""
-    return numerous.Distances(1.0, tuple(0.9 for _ in found.snapshots))
+    return roles.Distances(1.0, tuple(0.9 for _ in found.snapshots))
