@@ -54,6 +54,7 @@ TRAINED: dict[str, tuple[str, dict[str, Any]]] = {
     "ours in two stages, intact teacher": ("", _WHOLE | {"stages": "half", "teachers": "intact"}),
     "gates": ("", {"start": "open"}),
     "gates, intact teacher": ("", {"start": "open", "teachers": "intact"}),
+    "gates, paper's teachers": ("", {"start": "open", "teachers": "paper"}),
     "gates, text alone": ("", {"start": "open"} | _TEXT_ALONE),
     "paper": ("paper", _EQUAL),
     "paper, intact teacher": ("paper", _EQUAL | {"teachers": "intact"}),
@@ -70,8 +71,11 @@ METHODS = [
     "ours",
     "ours + hidden",
     "ours, text alone",
+    "ours in two stages",
+    "ours in two stages, intact teacher",
     "gates",
     "gates, intact teacher",
+    "gates, paper's teachers",
 ]
 METHODS += ["gates, text alone", "paper", "paper, intact teacher", "dense, trained on"]
 SPARSITIES = [0.2, 0.25, 0.5]

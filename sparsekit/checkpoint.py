@@ -69,11 +69,11 @@ def save(
     layers = sparse_layers(model)
     describe_packed_(model)  # layers may have been packed by hand, or through a part of the model
     widths = widths_of(model)
+    _refuse_branches(model, packed)
     if packed and not layers and not widths:
         raise ValueError(
             "no layer of the model is packed: call sparsekit.pack_(model) first, or save with packed=False"
         )
-    _refuse_branches(model, packed)
     dense_extra = 0 if packed else sum(layer.dense_bytes() - layer.packed_bytes() for layer in layers.values())
     tensors = [*model.parameters(), *model.buffers()]
     bytes_needed = int(1.05 * (sum(tensor.nbytes for tensor in tensors) + dense_extra)) + 2**20
@@ -96,9 +96,9 @@ def _refuse_branches(model: nn.Module, packed: bool) -> None:
     if branches:
         raise ValueError(
             f"{len(branches)} layers have a side branch, as {branches[0]}, and a dense checkpoint has no place for it: "
-            "call sparsekit.pack_(model) and save with packed=True; or sparsekit.unpack_(model), and then "
-            "model.save_pretrained, whose checkpoints open where sparsekit is imported; or fold the branches into "
-            "weights that are dense again, with sparsekit.nn.merge_side_(model)"
+            "call sparsekit.pack_(model) and save with packed=True, if their weights are sparse; or "
+            "model.save_pretrained (of packed layers after sparsekit.unpack_(model)), whose checkpoints open where "
+            "sparsekit is imported; or fold the branches into the weights, with sparsekit.nn.merge_side_(model)"
         )
 
 

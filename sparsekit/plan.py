@@ -252,7 +252,7 @@ class Plan:
         return f"Plan({made}, sparsity={self.sparsity:.3f}){notes}"
 
     def units(self) -> dict[str, tuple[int, int]]:
-        """Return, for each kind of cut, how many units are left and how many there were, in all."""
+        """Return, for each kind of cut, how many units are left and how many there were, where any go."""
         found: dict[str, tuple[int, int]] = {}
         for kind in CUT_KINDS:
             cuts = [cut for cut in self.cuts.values() if cut.kind == kind]

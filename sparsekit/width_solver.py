@@ -201,5 +201,6 @@ class WidthSolver:
             if counts[width.name] == self.least[width.name] < width.num_units:
                 at_least[width.kind] += 1
         notes = [self.budget.met(self.costs.of(counts), self.costs)]
-        notes += [f"{num} layers were left the least that was asked for, of {kind}" for kind, num in at_least.items()]
+        for kind, num in at_least.items():
+            notes.append(f"{num} {'layer keeps' if num == 1 else 'layers keep'} the least {kind} that were asked for")
         return notes + self.remarks

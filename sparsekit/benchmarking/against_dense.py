@@ -79,6 +79,7 @@ def against_dense(
         for model, training in was_training.items():
             model.train(training)
     report.numbers["speedup"] = speedups
+    report.numbers["noise"] = dict(zip(speedups, noises, strict=True))
     report.notes += noise_notes(noises)
     reason = _reason(dense, smaller)
     report.summary["verdict"] = verdict(speedups, reason)

@@ -176,7 +176,10 @@ def train_nuteprune(
     latency_ms: Annotated[float | None, typer.Option(help="Milliseconds measured, in place of --sparsity.")] = None,
     uniform: Annotated[bool, typer.Option(help="As many units in each layer: a plain checkpoint.")] = False,
     hidden: Annotated[
-        bool | None, typer.Option(help="Hidden dimensions may go, too. [where that costs nothing else]")
+        bool | None,
+        typer.Option(
+            help="Hidden dimensions may go, too; a tied head wants --set untie=true. [where the head is not tied]"
+        ),
     ] = None,
     layers: Annotated[bool, typer.Option(help="Whole layers may go, too.")] = False,
     round_to: Annotated[int, typer.Option(help="What is left of each dimension is a multiple of this.")] = 1,

@@ -12,6 +12,7 @@ from torch import nn
 import sparsekit as sk
 from sparsekit.benchmarking import against_dense, free_bytes
 from sparsekit.benchmarking.machine import device_of
+from sparsekit.benchmarking.timing import noise_notes
 from sparsekit.budgets import Budget
 from sparsekit.checkpoint import STALE
 from sparsekit.cli.family_plot import draw_family
@@ -58,9 +59,21 @@ def budget_fields(
         if keep:
             raise ValueError(f"--keep and {named[0]}: sparsities are kept on the way to one; give --sparsity")
         return {"constraints": {"speedup": speedup} if speedup is not None else {"latency_ms": latency_ms}}
-    shares = sorted({Budget.parse({"sparsity": each}).amount for each in keep})
+    shares = sorted({_share(each) for each in keep})
     asked = Budget.parse({"sparsity": sparsity}).amount if sparsity is not None else shares[-1] if shares else 0.5
     return {"sparsity": asked, "keep": [share for share in shares if share != asked]}
+
+
+def _share(text: str) -> float:
+    """Return a sparsity of `--keep`.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return Budget.parse({"sparsity": text}).amount
+    except ValueError:
+        raise ValueError(f"--keep {text}: give the share of the blocks that is to go, below 100%, as 20%") from None
 
 
 def run_train_nuteprune(options: TrainOptions, output: Output, *, paper: bool = False) -> None:
@@ -209,15 +222,21 @@ class _Results:
         }
 
     def _time(self, dense: nn.Module, model: nn.Module) -> tuple[dict[str, float], dict[str, float]]:
-        """Return milliseconds and speed-ups of a model, and the milliseconds of the dense one beside it."""
+        """Return milliseconds of a model and of the dense one beside it, with speed-ups; and the latter by themselves.
+
+        Those of the dense model are another with each model, timed in turns with it.
+        """
         lengths: Mapping[str, Any] = fitting_lengths(model)
         length = int(lengths.get("prompt_length", 128))
         report = against_dense(dense, model, batch_sizes=[1], length=length, progress=self.output.progress)
         own: dict[str, float] = {}
         there: dict[str, float] = {}
         for row in report.rows:
-            own |= {f"{row['what']} ms": row["smaller ms"], f"{row['what']} speedup": row["speedup"]}
-            there |= {f"{row['what']} ms": row["dense ms"]}
+            what = row["what"]
+            own |= {f"{what} ms": row["smaller ms"], f"{what} dense ms": row["dense ms"]}
+            own |= {f"{what} speedup": row["speedup"]}
+            there |= {f"{what} ms": row["dense ms"]}
+        own |= {"disturbed": True} if noise_notes(list(report.numbers["noise"].values())) else {}
         self.notes += [note for note in report.notes if note not in self.notes]
         return own, there
 

@@ -103,7 +103,7 @@ def write_card(model: nn.Module, folder: Path, packed: dict[str, SparseLinear]) 
     front = ["---", "tags:", *(f"- {tag!r}" if ":" in tag else f"- {tag}" for tag in tags)]
     if base_model and not Path(base_model).exists():
         front += [f"base_model: {base_model}"]
-    front += ["---", "", f"# {type(model).__name__}, made sparse with sparsekit", ""]
+    front += ["---", "", f"# {type(model).__name__}, pruned with sparsekit", ""]
     if packed:
         dense = sum(layer.dense_bytes() for layer in packed.values())
         stored = sum(stored_bytes(layer) for layer in packed.values())

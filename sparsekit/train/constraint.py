@@ -138,6 +138,7 @@ class Constraint:
         length: float | None = None,
         batch: int = 1,
         table: LatencyTable | None = None,
+        gates_learn: bool = True,
     ) -> "Constraint":
         """Return the constraint of a budget.
 
@@ -150,6 +151,7 @@ class Constraint:
             length, batch: of sequences, for FLOPs and times; 128 tokens if None.
             table: for a budget in time, what `measure_latency` returned for this model earlier, or on another process;
                 None measures.
+            gates_learn: whether it is for gates to close, whose chance to be open never is 0; or another chooses.
         Raises:
             ValueError: an argument is out of range, or the table is of another model, or no legal numbers, or no
                 gates, reach the budget; the nearest are named.
@@ -184,7 +186,7 @@ class Constraint:
         most = parsed.limits(cost.costs)[1] + (cost.costs.fixed if cost.whole else 0)
         target = max(1 - most / cost.dense, 0.0)
         constraint = cls(parsed, legal, cost, target, uniform, sizes, tuple(notes), table)
-        constraint._refuse_unreachable(gates)
+        constraint._refuse_unreachable(gates, gates_learn)
         return constraint
 
     @property
@@ -320,17 +322,20 @@ class Constraint:
             return Budget(self.cost.costs.measure, (1 - sparsity) * self.cost.dense)
         return Budget(self.cost.costs.measure, 1 - sparsity, True)
 
-    def _refuse_unreachable(self, gates: Gates) -> None:
-        least = gates.chance(torch.tensor(-LIMIT))
-        most_gone = float(self.cost.sparsity(gates.split(least.expand(sum(gates.sizes.values())))))
-        if self.target > most_gone:
-            raise ValueError(
-                f"{self.budget} removes {self.target:.1%} of the {self.cost.costs.measure}, and gates, whose chance to "
-                f"be open is {least:.1%} at least, {most_gone:.1%} at most: ask for less, or give more kinds of units "
-                "gates"
-            )
+    def _refuse_unreachable(self, gates: Gates, gates_learn: bool) -> None:
+        """Raise ValueError where no legal widths meet the budget, or gates that learn cannot close so far."""
         even = {name: torch.full((size,), 0.5, dtype=torch.float64) for name, size in gates.sizes.items()}
         self._choose(gates, even, even, self.budget, self.target)
+        least = gates.chance(torch.tensor(-LIMIT))
+        most_gone = float(self.cost.sparsity(gates.split(least.expand(sum(gates.sizes.values())))))
+        if gates_learn and self.target > most_gone:
+            remedy = "ask for less, or give more kinds of units gates"
+            if self.cost.costs.measure == "ns":
+                remedy = "ask for less; what else a forward takes does not depend on heads and channels"
+            raise ValueError(
+                f"{self.budget} removes {self.target:.1%} of the {self.cost.costs.measure}, and gates, whose chance to "
+                f"be open is {least:.1%} at least, {most_gone:.1%} at most: {remedy}"
+            )
 
     def _widths_of_kinds(self) -> dict[str, str]:
         """Return width -> first width of those that must keep as many, for widths that have a choice."""

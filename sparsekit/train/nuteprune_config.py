@@ -46,8 +46,9 @@ class NutePruneConfig(SparseTrainingArguments):
         num_calibration_samples: samples of the training data for the one-shot method.
         gates: "hard_concrete" draws in each step; "deterministic" takes the same soft gates without noise.
         hidden: whether dimensions of the residual stream may go, too. None: with start="contribution" and where the
-            model has RMSNorms and a head with a weight of its own, or a small one (see `Contribution.hidden`).
-        untie: give a head that shares the embedding's weight its own, for `hidden`.
+            model has RMSNorms and a head with a weight of its own.
+        untie: give a head that shares the embedding's weight its own, for `hidden`. The model then has one matrix
+            more, which may weigh more than what goes.
         layers: whether blocks as a whole have gates, too.
         uniform: leave as many units in each layer, so that a plain config of transformers describes the result.
         round_to: what is left of each dimension is a multiple of this.
@@ -63,6 +64,8 @@ class NutePruneConfig(SparseTrainingArguments):
             nearest to the student above a distance; "paper" the one that is ten marks of 1 % behind, and back from
             there once the target is reached; "intact" the dense model; "none" the text alone.
         teacher_steps: optimizer steps between two measurements of the distance to the teachers.
+        teacher_spacing: of gates that learn: a snapshot is taken each time that this much more has gone.
+        teacher_lag: of "paper": how many such marks the teacher is behind the student.
         lora_rank, lora_alpha: of the adapters; alpha None for the rank.
         lora_targets: "all-linear" for all linear layers of the blocks, or endings of their names, as ["q_proj",
             "v_proj"].
@@ -75,9 +78,10 @@ class NutePruneConfig(SparseTrainingArguments):
         kd_kind: "forward_kl" or "reverse_kl".
         kd_reduction: the KL is a mean over "tokens", or over "sequences", each the sum of its tokens, as published.
         frozen_share: share of all steps, at the end, in which gates are closed or open for good, within the budget
-            exactly, and LoRA alone learns. None is 0.2 for an open start, and 1 for others: what their method chose
-            stays.
-        keep: smaller sparsities to keep on the way: a family of models from one run, see `family`.
+            exactly, and LoRA alone learns. With stages, gates learn in the last of them alone. None is 0.2 for an open
+            start, and 1 for others: what their method chose stays.
+        keep: smaller sparsities to keep on the way: a family of models from one run, see
+            `NutePruneTrainer.family`.
         merge_lora: add LoRA to the weights at the end; otherwise it stays beside them, as a side branch, which cannot
             follow `hidden`.
         snapshots_on_disk: hold the teachers' gates and LoRA in files in `output_dir` rather than in memory. Either way
@@ -110,6 +114,8 @@ class NutePruneConfig(SparseTrainingArguments):
     gate_learning_rate: float = 0.1
     multiplier_learning_rate: float = 1.0
     teachers: str = "nearest"
+    teacher_spacing: float = 0.01
+    teacher_lag: int = 10
     teacher_steps: int = 10
     lora_rank: int = 16
     lora_alpha: Any = None
@@ -149,6 +155,7 @@ class NutePruneConfig(SparseTrainingArguments):
             "min_channels",
             "lora_rank",
             "teacher_steps",
+            "teacher_lag",
             "num_calibration_samples",
         ):
             check_whole(name, getattr(self, name))
@@ -181,6 +188,13 @@ class NutePruneConfig(SparseTrainingArguments):
             raise ValueError(
                 f"stages={self.stages!r} is for a one-shot start: an open one passes all sparsities anyway"
             )
+        if self.teachers != "none" and self.kd_weight == self.hidden_weight == 0:
+            raise ValueError(
+                f"teachers={self.teachers!r}, kd_weight=0 and hidden_weight=0: nobody listens to the teacher; use "
+                "teachers='none' for the text alone"
+            )
+        if self.max_steps > 0:
+            self.freeze_step(self.max_steps)
         if self.hidden and measure == "ns":
             raise ValueError(
                 f"hidden=True and {self.constraints!r}: a budget in time knows the cost of heads and channels only"
@@ -201,6 +215,8 @@ class NutePruneConfig(SparseTrainingArguments):
             check_not_negative(name, getattr(self, name))
             if getattr(self, name) == 0:
                 raise ValueError(f"{name}=0 must be greater than 0")
+        if not 0 < self.teacher_spacing < 1:
+            raise ValueError(f"teacher_spacing={self.teacher_spacing!r} must lie between 0 and 1, as 0.01")
         if self.teachers == "none" and self.ce_weight == 0:
             raise ValueError("teachers='none' and ce_weight=0: there is nothing to learn from; set ce_weight=1")
         if self.kd_weight + self.ce_weight + self.hidden_weight == 0:
@@ -315,6 +331,21 @@ class NutePruneConfig(SparseTrainingArguments):
             )
         return [(num_steps * index // len(stages), sparsity) for index, sparsity in enumerate(stages)]
 
+    def freeze_step(self, num_steps: int) -> int:
+        """Return the step from which on nothing more is chosen, and LoRA alone learns.
+
+        Raises:
+            ValueError: gates were to learn, and have no step for it.
+        """
+        last = max((start for start, _ in self.stage_starts(num_steps)), default=0)
+        found = num_steps - round(num_steps * self.frozen_share)
+        if self.is_one_shot and self.frozen_share < 1 and found <= last:
+            raise ValueError(
+                f"frozen_share={self.frozen_share:g} of {num_steps} steps begins at {found}, and the last stage, in "
+                f"which gates were to learn, at {last}: lower frozen_share, or halt less often (stages, keep)"
+            )
+        return max(found, last)
+
     @classmethod
     def paper(cls, **fields: Any) -> Self:
         """Return the published recipe (that of the code at 50 %; up to 20 % with its longer ramp).
@@ -324,11 +355,12 @@ class NutePruneConfig(SparseTrainingArguments):
         Args:
             **fields: of this class; they go before those of the recipe.
         """
-        sparsity = fields.get("sparsity", 0.5)
-        slow = isinstance(sparsity, int | float) and sparsity <= 0.2 and fields.get("constraints") is None
+        sparsity, constraints = fields.get("sparsity", 0.5), fields.get("constraints")
+        slow = isinstance(sparsity, int | float) and sparsity <= 0.2 and constraints is None
+        in_time = constraints is not None and Budget.parse(constraints).measure == "ns"
         recipe: dict[str, Any] = {
             "start": OPEN_GATES,
-            "hidden": True,
+            "hidden": not in_time,  # whose cost in milliseconds is not known
             "sparsity_warmup": 4 / 7 if slow else 1 / 7,
             "ramp": "linear",
             "multiplier_learning_rate": 0.1,
@@ -385,7 +417,7 @@ class NutePruneConfig(SparseTrainingArguments):
         if self.keep:
             raise ValueError(
                 f"keep={self.keep!r}: here one plan comes back, and the models kept on the way would be lost; use "
-                "NutePruneTrainer and sparsekit.train.family, or stages to halt there only"
+                "NutePruneTrainer and its family(), or stages to halt there only"
             )
         config = self.for_layers(targets, ignore)
         config.disable_tqdm = config.disable_tqdm or not progress

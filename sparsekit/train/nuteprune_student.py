@@ -1,6 +1,8 @@
 """What NutePrune puts on a model to prune it: gates with their constraint, LoRA, masks, and the teachers on the way.
 
-The model's own weights stay as they are all the while, but for those that a one-shot start repairs. A step goes
+The model's own weights stay as they are all the while, but for those that a one-shot start repairs, and, where hidden
+dimensions may go, those on the residual stream, which is turned before the first step; the teachers are turned with it.
+A step goes
 
     begin_step    where a stage begins, take out what a one-shot method would, with its repair; choose the teacher; draw
                   the gates, once for all micro-batches of the step
@@ -61,7 +63,6 @@ class Student:
         probe: a batch on which distances to teachers are measured.
         length: tokens of a sequence, where the config gives none.
         folder: for snapshots, where they are to lie on disk.
-        table: of times, if they are known already.
         samples: of the training data, each a batch of one, for one-shot starts.
         turned: directions that the residual stream was turned to, if it was; kept in checkpoints.
         table: the times of a run that is resumed, see `saved_table`; None measures, where the budget is in time.
@@ -140,7 +141,7 @@ class Student:
         args = self.args
         self._stages, self._num_steps = args.stage_starts(num_steps), num_steps
         self.warmup_steps = round(num_steps * args.sparsity_warmup)
-        self.freeze_step = num_steps - round(num_steps * args.frozen_share)
+        self.freeze_step = args.freeze_step(num_steps)
         if args.prunes and self.warmup_steps > self.freeze_step:
             raise ValueError(
                 f"sparsity_warmup={args.sparsity_warmup:g} of {num_steps} steps ends at {self.warmup_steps}, and gates "
@@ -155,6 +156,8 @@ class Student:
             target=target if 0 < target < 1 else 0.5,
             num_steps=num_steps,
             warmup_steps=self.warmup_steps,
+            spacing=args.teacher_spacing,
+            lag=args.teacher_lag,
             interval=args.teacher_steps,
         )
         if self.num_begun and self._stages:
@@ -165,11 +168,16 @@ class Student:
     def begin_step(self, step: int) -> None:
         """Choose the teacher of a step, and draw its gates."""
         assert self.schedule is not None
-        self.begins_stage = self.num_begun < len(self._stages) and step >= self._stages[self.num_begun][0]
-        if self.begins_stage:
-            self._begin_stage_(step)
+        self.begins_stage = self.begin_due_stage_(step)
         self.teacher = self.schedule.teacher(step, lambda: self._probe.distances(self.snapshots, self.settled()))
         self.masked.masks = self._masks_of(step)
+
+    def begin_due_stage_(self, step: int) -> bool:
+        """Begin a stage if it is due at a step, and return whether it was."""
+        is_due = self.num_begun < len(self._stages) and step >= self._stages[self.num_begun][0]
+        if is_due:
+            self._begin_stage_(step)
+        return is_due
 
     def finish_(self, num_done: int) -> None:
         """Choose what stays, if that is still to be done: training ended early, or with gates that learn."""
@@ -209,7 +217,7 @@ class Student:
         reset_(self.adapted, start.repaired)
         self.gates.start_from_(start.masks)
         self.projected, self.num_begun = None, self.num_begun + 1
-        if self.num_begun < len(self._stages) or step >= self.freeze_step:
+        if self.num_begun < len(self._stages) or self.args.frozen_share == 1 or step >= self.freeze_step:
             masks = {name: torch.ones(size, dtype=torch.bool) for name, size in self.gates.sizes.items()}
             self.projected = self.constraint.as_chosen(masks | start.masks, start.notes)
             self.target = self.expected = self.projected.sparsity
@@ -416,6 +424,7 @@ def _constraint(
     names = ("round_to", "tensor_parallel", "uniform", "min_heads", "min_channels", "batch")
     given: dict[str, Any] = {name: getattr(args, name) for name in names}
     given |= {"widths": widths, "length": args.length or length}
+    given["gates_learn"] = not args.is_one_shot or args.frozen_share < 1
     is_shared = args.world_size > 1 and table is None and Budget.parse(args.budget).measure == "ns"
     constraint = None
     if not is_shared or args.process_index == 0:

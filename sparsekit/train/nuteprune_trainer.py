@@ -83,8 +83,6 @@ class NutePruneTrainer(SparseTrainer):
         **kwargs: Any,
     ) -> None:
         check_takes_lora(model)
-        if args.max_steps > 0:
-            args.stage_starts(args.max_steps)
         layers = find_targets(model, args.targets, args.ignore)
         self._widths: list[Width] = targeted_widths(find_widths(model), layers) if args.prunes else []
         if not args.merge_lora and side_layers(model):
@@ -94,7 +92,7 @@ class NutePruneTrainer(SparseTrainer):
             )
         if args.hidden is None:
             args = copy.copy(args)  # the caller may prune another model by it
-            args.hidden = args.untie = _may_thin(model, layers, args)
+            args.hidden = _may_thin(model, layers, args)
         elif args.hidden and args.prunes:
             stream = Stream.of(model)
             if left_out := left_out_layer(stream, layers):
@@ -222,8 +220,7 @@ class NutePruneTrainer(SparseTrainer):
         max_steps = self.state.max_steps or self.args.max_steps
         if max_steps <= 0:
             raise ValueError("the number of steps is known once train() has begun: give max_steps to know it before")
-        starts = [step for step, _ in self.args.stage_starts(max_steps)]
-        return max(max_steps - round(max_steps * self.args.frozen_share), *starts, 0)
+        return self.args.freeze_step(max_steps)
 
     @property
     def student(self) -> Student:
@@ -241,6 +238,8 @@ class NutePruneTrainer(SparseTrainer):
         if self.state.global_step and self._checkpoint is not None:
             assert self.student.schedule is not None
             self.student.schedule.load_state_dict(own_state_of(self._checkpoint)["schedule"])
+        if self.state.global_step == 0:
+            self.student.begin_due_stage_(0)  # before an evaluation at the start, which is of what is left then
 
     def begin_step(self) -> None:
         """Choose the teacher, and draw the gates that all micro-batches of the step see."""
@@ -270,6 +269,7 @@ class NutePruneTrainer(SparseTrainer):
         matches_hidden = learns and args.hidden_weight > 0 and args.teachers != "none"
         taught: TeacherOutput | None = None
         taught_hidden: tuple[Tensor, ...] = ()
+        drawn = None if student is None else student.masked.masks
         if student is not None and not learns:
             student.masked.masks = student.settled()
         elif student is not None and args.teachers != "none":
@@ -278,6 +278,8 @@ class NutePruneTrainer(SparseTrainer):
                 taught = self._teacher.outputs(batch, output_hidden_states=matches_hidden)
             taught_hidden, self._teacher.hidden_states = self._teacher.hidden_states, ()
         outputs = model(**batch, use_cache=False, output_hidden_states=matches_hidden)
+        if student is not None:
+            student.masked.masks = drawn  # micro-batches may follow an evaluation
         mask = batch.get("attention_mask")
         total, parts = student_loss(args, outputs, taught, taught_hidden, labels, mask, num_items_in_batch, learns)
         if learns:
@@ -380,6 +382,10 @@ class NutePruneTrainer(SparseTrainer):
         if student.gates is None or student.projected is None or student.constraint is None:
             return Plan(made_by=made_by, notes=list(self.notes))
         notes = [*self.notes, *student.notes, *student.constraint.notes, *student.projected.notes]
+        notes += _in_vain(model, student)
+        if student.schedule is not None and student.schedule.collects and len(student.snapshots):
+            taught, done = student.schedule.num_taught, self.state.global_step
+            notes.append(f"snapshots taught in {taught} of {done} steps, and the intact model in the others")
         cuts = student.gates.cuts(student.projected.masks)
         return Plan(made_by=made_by, notes=list(dict.fromkeys(notes)), cuts=cuts)
 
@@ -450,12 +456,24 @@ def _may_thin(model: nn.Module, layers: Mapping[str, nn.Module], args: NutePrune
     if Thinner.refusal(model, layers, None, Budget.parse(args.budget).measure) is not None:
         return False
     stream = Stream.of(model)
+    if is_tied(model, stream):  # which method or budget will keep all dimensions is not known yet
+        return False
     sizes = legal_hidden_sizes(model, stream, args.round_to)
     try:
         check_thin(model, stream.embedding, sizes[len(sizes) // 2])
     except Unsupported:
         return False
     return True
+
+
+def _in_vain(model: nn.Module, student: Student) -> list[str]:
+    """Say where a head was untied, and no hidden dimension went after all."""
+    assert student.gates is not None and student.projected is not None
+    stream, untied = student.gates.stream, student.args.untie
+    if stream is None or not untied or not bool(student.projected.masks[stream.embedding].all()):
+        return []
+    num = model.get_submodule(stream.head).get_parameter("weight").numel()
+    return [f"no hidden dimension went, and {stream.head} has {num:,} weights of its own: hidden=False keeps it tied"]
 
 
 def _constant(step: int) -> float:

@@ -117,12 +117,14 @@ class Snapshots:
             self._append(snapshot)
 
     def clear(self) -> None:
-        """Forget all, and delete their files, with the folder if nothing else is in it."""
+        """Forget all, and delete their files, with the folder and the one around it if nothing else is
+        in them."""
         for index in range(len(self) if self.folder is not None else 0):
             self._path(index).unlink(missing_ok=True)
         self._kept, self._read = [], None
-        if self.folder is not None and self.folder.is_dir() and not any(self.folder.iterdir()):
-            self.folder.rmdir()
+        for folder in (self.folder, self.folder.parent) if self.folder is not None else ():
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
 
     def _append(self, snapshot: Snapshot) -> None:
         if self.folder is None:

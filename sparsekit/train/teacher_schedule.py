@@ -67,6 +67,7 @@ class TeacherSchedule:
         intact_share: of "nearest", of the steps.
     Attributes:
         index: of the teacher that was asked for last; None for the intact model.
+        num_taught: steps in which a snapshot taught.
         stage: first step, and the one after the last, over which the share of "nearest" rises; the whole run at first.
     Raises:
         ValueError: an argument is out of range.
@@ -108,6 +109,7 @@ class TeacherSchedule:
         self.spacing, self.lag, self.interval = spacing, lag, interval
         self.floor, self.floor_share, self.intact_share = floor, floor_share, intact_share
         self.index: int | None = None
+        self.num_taught = 0
         self.stage = 0, num_steps
         self._passed: list[int] = []  # mark -> its snapshot
         self._walk: tuple[int, int] | None = None  # steps and marks when the walk back began
@@ -115,7 +117,7 @@ class TeacherSchedule:
         if kind == "paper" and self._num_marks + 1 < lag:
             warnings.warn(
                 f"the target of {target:.1%} is less than {lag} marks of {spacing:.1%} away: the intact model teaches "
-                "throughout. Lower the lag or the spacing, or use 'nearest'",
+                "throughout. Lower teacher_lag or teacher_spacing, or use 'nearest'",
                 stacklevel=2,
             )
 
@@ -140,6 +142,7 @@ class TeacherSchedule:
             self.index = self._on_the_walk(step)
         elif self.kind == "nearest":
             self.index = self._nearest(step, distances)
+        self.num_taught += self.index is not None
         return None if self.index is None else self.snapshots[self.index]
 
     @property
@@ -172,7 +175,7 @@ class TeacherSchedule:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, fit for JSON."""
-        return {"index": self.index, "passed": self._passed, "walk": self._walk}
+        return {"index": self.index, "passed": self._passed, "walk": self._walk, "num_taught": self.num_taught}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave; the snapshots are loaded before.
@@ -187,7 +190,7 @@ class TeacherSchedule:
                 f"the schedule of teachers has snapshot {missing[0]}, and {len(self.snapshots)} are there: load those "
                 "of the same checkpoint first"
             )
-        self.index, self._passed = state["index"], list(state["passed"])
+        self.index, self._passed, self.num_taught = state["index"], list(state["passed"]), state["num_taught"]
         self._walk = None if state["walk"] is None else (int(state["walk"][0]), int(state["walk"][1]))
 
     def _on_the_walk(self, step: int) -> int | None:

@@ -84,6 +84,8 @@ class SparseTrainer(Trainer):
             for name, data in read.items()
         }
         kwargs.setdefault("data_collator", collate)
+        config = getattr(model, "config", None)
+        caches = getattr(config, "use_cache", None)
         super().__init__(
             model=model,
             args=args,
@@ -92,6 +94,8 @@ class SparseTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        if caches is not None:  # `Trainer` writes its own into the model's config; here every forward says it itself
+            config.use_cache = caches  # type: ignore[union-attr]
         # Whatever the model's class says of itself, `compute_loss` here averages over the tokens of a whole step.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True

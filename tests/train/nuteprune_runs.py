@@ -82,6 +82,7 @@ def assert_plain(model, before):
     modules = dict(before)
     assert all(module is modules[name] for name, module in model.named_modules())
     assert all(parameter.requires_grad for parameter in model.parameters())
+    assert model.config.use_cache is True  # Trainer's own is False
     for module in model.modules():
         assert not module._forward_hooks and not module._forward_pre_hooks
         assert "forward" not in vars(module)

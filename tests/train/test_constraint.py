@@ -416,12 +416,14 @@ def test_parameters_of_the_whole_model_are_kept(four):
 
 def test_budgets_out_of_reach_are_refused_before_training(four, llama):
     model = four()
-    with pytest.raises(ValueError, match=r"sparsity=0.97 removes 97.0% of the params, and gates, .* 95.3% at most"):
+    with pytest.raises(ValueError, match=r"no legal widths reach sparsity=0.97 within .*can be had"):
         Constraint.of(model, Gates.of(model), 0.97)
     with pytest.raises(ValueError, match=r"no legal widths reach sparsity=0.9 .*can be had.*smaller min_heads"):
         Constraint.of(model, Gates.of(model), 0.9, min_heads=2)
-    with pytest.raises(ValueError, match=r"gates, .* at most: ask for less, or give more kinds of units gates"):
-        Constraint.of(model, Gates.of(model, ("heads",)), 0.5)
+    wide = llama(intermediate_size=4000)
+    with pytest.raises(ValueError, match=r"removes 97.0% of the params, and gates, .* 95.3% at most: ask for less, or"):
+        Constraint.of(wide, Gates.of(wide), 0.97)
+    assert Constraint.of(wide, Gates.of(wide), 0.97, gates_learn=False).target == pytest.approx(0.97)
     coarse = llama(num_hidden_layers=1)
     with pytest.raises(ValueError, match=r"no legal widths reach sparsity=0.3"):
         Constraint.of(coarse, Gates.of(coarse, ("heads",)), 0.3, min_heads=1)

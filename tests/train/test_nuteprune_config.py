@@ -56,6 +56,7 @@ def test_the_published_recipe():
     assert (config.learning_rate, config.gate_learning_rate) == (1e-3, 0.1)
     assert NutePruneConfig.paper(sparsity=0.2, use_cpu=True).sparsity_warmup == pytest.approx(4 / 7)
     assert NutePruneConfig.paper(sparsity=0.25, use_cpu=True).sparsity_warmup == pytest.approx(1 / 7)
+    assert NutePruneConfig.paper(constraints={"speedup": 1.5}, use_cpu=True).hidden is False
     own = NutePruneConfig.paper(sparsity=0.2, hidden=False, sparsity_warmup=0.1, use_cpu=True)
     assert (own.hidden, own.sparsity_warmup) == (False, 0.1)
 

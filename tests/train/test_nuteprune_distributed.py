@@ -15,7 +15,9 @@ import torch
 from sparsekit.benchmarking.latency_table import LatencyTable
 from sparsekit.errors import NonFiniteError
 from sparsekit.train import constraint as constraint_module
+from sparsekit.train import nuteprune_start, nuteprune_student, roles
 from sparsekit.train.nuteprune_config import NutePruneConfig
+from sparsekit.train.nuteprune_start import Start
 from sparsekit.train.nuteprune_trainer import NutePruneTrainer
 
 pytestmark = pytest.mark.timeout(900)  # of the first test, which waits for two processes; a minute where they are free
@@ -30,6 +32,7 @@ RUNS = {
         "gradient_checkpointing": True,
     },
     "one-shot, two stages, gates that learn": {"start": "contribution", "keep": [0.2], "frozen_share": 0.25, "seed": 0},
+    "one-shot, hidden": {"start": "contribution", "hidden": True, "frozen_share": 0.25, "seed": 0},
 }
 TIMED = {"sparsity": 0.5, "constraints": {"speedup": 1.4}}
 
@@ -112,9 +115,27 @@ def measured(factor, calls):
     return measure
 
 
+def perturb():
+    """Let a process find something else than the others do, wherever each finds something by itself."""
+
+    def started(*args, **kwargs):
+        start = one_shot(*args, **kwargs)
+        masks = {name: mask.roll(1) for name, mask in start.masks.items()}
+        repaired = {name: {key: x + 1 for key, x in each.items()} for name, each in start.repaired.items()}
+        return Start(masks, repaired, start.notes)
+
+    one_shot, directions = nuteprune_student.one_shot, nuteprune_start.principal_directions
+    nuteprune_student.one_shot = started
+    nuteprune_start.principal_directions = lambda *args: directions(*args).flip(1)
+    distance = roles.Probe._distance
+    roles.Probe._distance = staticmethod(lambda *args: 1 - distance(*args))
+
+
 def work(folder):
     """What each of two processes does."""
     rank, found, calls = int(os.environ["RANK"]), {}, []
+    if rank:
+        perturb()
     for name, options in RUNS.items():
         found[name] = run(arguments(folder / name, 2, **options))
         checkpoint = str(folder / name / f"checkpoint-{SAVED_AT}")

@@ -123,7 +123,12 @@ def test_teachers_leave_no_files_behind(tmp_path):
 
 
 RESUMED = {
-    "nearest, accumulation, a family": {"gradient_accumulation_steps": 2, "keep": [0.1, 0.2], "teacher_steps": 1},
+    "nearest, accumulation, a family": {
+        "gradient_accumulation_steps": 2,
+        "keep": [0.1, 0.2],
+        "teacher_steps": 1,
+        "hidden_weight": 1.0,
+    },
     "paper, hidden": {"teachers": "paper", "hidden": True, "sparsity": 0.5},
     "frozen at the checkpoint": {"frozen_share": 0.6, "sparsity_warmup": 0.2},
     "snapshots on disk, checkpointing": {"snapshots_on_disk": True, "gradient_checkpointing": True},

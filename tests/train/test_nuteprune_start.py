@@ -265,12 +265,33 @@ def test_hidden_dimensions_go(tmp_path, monkeypatch):
     assert far(logits_of(model), masked) <= 1e-5
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_hidden_dimensions_go_by_themselves_where_that_costs_nothing_else(tmp_path, tied):
-    model = thin_llama(tie_word_embeddings=tied)
+@pytest.mark.parametrize(
+    "tied,num_channels", [(False, 203), (True, 203), (True, 2000)], ids=["untied", "tied", "tied, small head"]
+)
+def test_hidden_dimensions_go_by_themselves_where_that_costs_nothing_else(tmp_path, tied, num_channels):
+    model = thin_llama(tie_word_embeddings=tied, intermediate_size=num_channels)
     plan = run(model, tmp_path, hidden=None, max_steps=1).plan()
     assert ("model.embed_tokens" in plan.cuts) != tied
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+
+
+def test_a_head_that_is_untied_in_vain_is_said(tmp_path):
+    said = "no hidden dimension went, and lm_head has 976 weights of its own: hidden=False keeps it tied"
+    notes = [
+        run(make(tie_word_embeddings=True), tmp_path, hidden=True, untie=True, sparsity=0.05).plan().notes
+        for make in (llama, thin_llama)
+    ]
+    assert [said in each for each in notes] == [True, False]
+
+
+def test_an_evaluation_at_the_start_is_of_what_is_left(tmp_path):
+    options = {"eval_strategy": "no", "eval_on_start": True, "learning_rate": 1e-9, "max_steps": 1}
+    model = llama()
+    trainer = run(model, tmp_path, eval_data=text(8, seed=7), **options)
+    at_start = next(line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line)
+    batch = torch.stack(text(8, seed=7))
+    left, dense = (float(each(batch, labels=batch).loss) for each in (model.eval(), llama()))
+    assert at_start == pytest.approx(left, rel=1e-4) and abs(left - dense) > 1e-2
 
 
 def test_a_budget_in_time_is_measured_once(tmp_path, monkeypatch):
@@ -490,6 +511,13 @@ def test_a_failure_in_a_later_stage_leaves_the_model_as_it_was(tmp_path, hidden)
         ),
         ({"ramp": "cubic"}, "ramp='cubic' is for gates that learn.*use start='open', or frozen_share=0.5"),
         ({"sparsity_warmup": 0.3, "max_steps": 10}, "sparsity_warmup=0.3"),
+        (
+            {"stages": [0.2], "frozen_share": 0.5, "max_steps": 8},
+            r"frozen_share=0.5 of 8 steps begins at 4, and the last stage, .* at 4: lower frozen_share, or halt less",
+        ),
+        ({"hidden_weight": 0.0, "kd_weight": 0.0, "ce_weight": 1.0}, "nobody listens.*use teachers='none'"),
+        ({"teacher_spacing": 0.0}, "teacher_spacing=0.0 must lie between 0 and 1"),
+        ({"teacher_lag": 0}, "teacher_lag=0 must be a whole number"),
         ({"round_to": 64, "sparsity": 0.633, "stages": [0.35]}, r"stages=\[0.35\]: no legal widths reach"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
@@ -558,6 +586,20 @@ def test_the_last_stage_teaches_in_the_first_half_of_the_next(tmp_path):
         patch.setattr(roles.Probe, "distances", lambda self, kept, masks: nearer(measured(self, kept, masks)))
         trainer.train()
     assert seen == [None] * 4 + [0, 0] + [None, None]
+    assert "snapshots taught in 2 of 8 steps, and the intact model in the others" in trainer.plan().notes
+
+
+def test_a_stage_in_which_a_snapshot_teaches_is_resumed(tmp_path, monkeypatch):
+    measured = roles.Probe.distances
+    monkeypatch.setattr(roles.Probe, "distances", lambda self, kept, masks: nearer(measured(self, kept, masks)))
+    options = {**SAVING, "save_steps": 1, "stages": [0.2], "max_steps": 8, "teacher_steps": 1, "hidden_weight": 1.0}
+    one, other = llama(), llama()
+    straight = run(one, tmp_path, **options)
+    resumed = run(other, tmp_path, resume=str(tmp_path / "checkpoint-5"), **options)
+    taught = [line["teacher_sparsity"] for line in straight.state.log_history if "teacher_sparsity" in line]
+    assert taught == pytest.approx([0] * 4 + [0.2, 0.2, 0, 0], abs=2e-3)
+    assert straight.plan() == resumed.plan()
+    assert_same_model(one, other)
 
 
 def nearer(found):

@@ -20,7 +20,7 @@ STAGES = {"start": "contribution", "stages": [0.2, 0.4], "hidden": False, "num_c
 STAGES |= {"sparsity_warmup": None, "frozen_share": None}
 
 
-def gradients(monkeypatch, folder, steps=2, **options):
+def gradients(monkeypatch, folder, steps=2, callbacks=None, **options):
     """Gradients of gates and LoRA in each step, from one start."""
     found, pull = [], Student.pull_
 
@@ -31,7 +31,16 @@ def gradients(monkeypatch, folder, steps=2, **options):
 
     with monkeypatch.context() as patch:
         patch.setattr(Student, "pull_", look)
-        train(llama(), folder, max_steps=steps, frozen_share=0.0, max_grad_norm=0.0, **options)
+        train(
+            llama(),
+            folder,
+            max_steps=steps,
+            frozen_share=0.0,
+            max_grad_norm=0.0,
+            callbacks=callbacks,
+            eval_data=text(4),
+            **options,
+        )
     return found
 
 
@@ -46,6 +55,7 @@ def gradients(monkeypatch, folder, steps=2, **options):
 )
 def test_the_same_gradients(tmp_path, monkeypatch, other):
     options = {"per_device_train_batch_size": 8, "hidden": True, "layers": True}
+    options |= {"hidden_weight": 0.5, "hidden_loss": "paper"}  # which is a mean over as many numbers in each batch
     plain = gradients(monkeypatch, tmp_path, **options)
     others = gradients(monkeypatch, tmp_path, **{**options, **other})
     assert len(plain) == len(others) == 2
@@ -54,6 +64,55 @@ def test_the_same_gradients(tmp_path, monkeypatch, other):
         torch.testing.assert_close(gates_there, gates, rtol=1e-3, atol=1e-6)
         for name, gradient in lora.items():
             torch.testing.assert_close(lora_there[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_an_evaluation_between_micro_batches_changes_nothing(tmp_path, monkeypatch):
+    options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    plain = gradients(monkeypatch, tmp_path, **options)
+    looked = NutePruneTrainer.training_step
+    evaluated = []
+
+    def step(self, *args, **kwargs):
+        loss = looked(self, *args, **kwargs)
+        if not self.accelerator.sync_gradients:
+            evaluated.append(self.evaluate()["eval_loss"])
+            self.model.train()
+        return loss
+
+    monkeypatch.setattr(NutePruneTrainer, "training_step", step)
+    others = gradients(monkeypatch, tmp_path, **options)
+    assert len(evaluated) == 2
+    for (gates, lora), (gates_there, lora_there) in zip(plain, others, strict=True):
+        assert torch.equal(gates, gates_there) and gates.abs().max() > 0
+        assert all(torch.equal(gradient, lora_there[name]) for name, gradient in lora.items())
+
+
+def test_padding_counts_for_nothing(tmp_path, monkeypatch):
+    """The losses of two samples in one batch, the shorter one padded, against those of each by itself."""
+    samples = [each[:size] for each, size in zip(text(2), (12, 5), strict=True)]
+    by_hand, loss = [], NutePruneTrainer.compute_loss
+
+    @torch.no_grad()
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        assert inputs["attention_mask"].sum() == 17 and inputs["input_ids"].numel() == 24
+        kl = far = size = 0.0
+        for ids in samples:
+            here = self.student.adapted(input_ids=ids[None], output_hidden_states=True)
+            with self.student.roles.teacher(None) as teacher:
+                there = teacher(input_ids=ids[None], output_hidden_states=True)
+            p, q = (each.logits[0, :-1].double().log_softmax(-1) for each in (there, here))
+            kl += float((p.exp() * (p - q)).sum()) / 15
+            states = [torch.cat(each.hidden_states[1:]) for each in (here, there)]
+            far = far + (states[0] - states[1]).square().sum((1, 2))
+            size = size + states[1].square().sum((1, 2))
+        by_hand.append((kl, float((far / size).mean())))
+        with torch.enable_grad():
+            return loss(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(NutePruneTrainer, "compute_loss", compute_loss)
+    options = {"max_steps": 1, "per_device_train_batch_size": 2, "teachers": "intact", "hidden_weight": 1.0}
+    logged = train(llama(), tmp_path, samples, **options).state.log_history[0]
+    assert by_hand[0] == pytest.approx((logged["kd_loss"], logged["hidden_loss"]), rel=1e-3)
 
 
 def test_the_gradient_of_the_gates_by_finite_differences(tmp_path, monkeypatch):
