@@ -112,7 +112,10 @@ def check(model: nn.Module, plan: Plan | None = None) -> Report:
         numbers["bits_a_weight"] = bits
     if plan is not None and plan.cuts:
         problems += _cuts_that_are_not_made(model, plan)
-        summary |= {f"{kind} left where any go": f"{num:,} of {total:,}" for kind, (num, total) in plan.units().items()}
+        for kind, (num, total) in plan.units().items():
+            summary[f"{kind} left"] = f"{num:,} of {total:,}" + (
+                ", where any go" if kind in ("heads", "channels") else ""
+            )
     notes = problems + _why_these_backends(packed) + _second_copies(packed)
     if widths_of(model) or (plan is not None and plan.cuts and is_pretrained(model)):
         notes.append(who_opens(model))
