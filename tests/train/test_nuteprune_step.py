@@ -1,12 +1,11 @@
 """A step of NutePrune: one draw, the gradients of gates, rates, and one copy of the weights."""
 
-import gc
-
 import pytest
 import torch
 
 from sparsekit.train.nuteprune_student import Student
 from sparsekit.train.nuteprune_trainer import NutePruneTrainer
+from tests.train.live_tensors import storages
 from tests.train.nuteprune_runs import (
     AtStepEnd,
     config,
@@ -186,17 +185,6 @@ def test_rates(tmp_path):
         train(llama(), tmp_path, lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="steps", eval_data=text(4))
 
 
-def live_bytes():
-    """Bytes of all tensors that are alive, each storage once."""
-    gc.collect()
-    storages = {}
-    for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor):
-            storage = thing.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
-
-
 @pytest.mark.parametrize(
     ("teachers", "changes"),
     [
@@ -212,7 +200,7 @@ def test_one_copy_of_the_weights_whatever_the_number_of_teachers(tmp_path, teach
 
     def look(state):
         held = trainer.student.snapshots
-        seen.append((len(held), live_bytes() - held.num_bytes))
+        seen.append((len(held), sum(storages().values()) - held.num_bytes))
 
     short = {"teacher_steps": 1, "max_steps": 10, "per_device_train_batch_size": 1, "sparsity": 0.6}
     settings = config(tmp_path, teachers=teachers, **short | changes)

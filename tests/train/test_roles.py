@@ -1,7 +1,6 @@
 """Teachers that are the student in other clothes: what they wear, when they teach, and that nothing is left of them."""
 
 import copy
-import gc
 import warnings
 from types import SimpleNamespace
 
@@ -15,6 +14,7 @@ from sparsekit.train.adapters import add_lora, lora_parameters
 from sparsekit.train.masked import Masked
 from sparsekit.train.roles import Probe, Roles
 from sparsekit.train.snapshots import Snapshots
+from tests.train.live_tensors import storages
 
 pytest.importorskip("peft", reason="peft is not installed")
 
@@ -211,15 +211,6 @@ def test_a_snapshot_is_a_copy(player):
     player.wander()
     next(iter(player.masked.masks.values())).zero_()
     assert_same(taken.lora, before)
-
-
-def storages():
-    """Return address -> bytes of all memory that tensors hold."""
-    gc.collect()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and x.device.type == "cpu"]
-    return {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors if x.layout == torch.strided}
 
 
 def test_one_copy_of_the_weights_whatever_the_number_of_teachers(llama):
